@@ -1,0 +1,1 @@
+"""How frames travel: the contract (`base`) and the registry of installed transports (`registry`)."""

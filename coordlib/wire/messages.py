@@ -1,0 +1,165 @@
+"""What nodes and clients say to each other besides Raft's own messages. Data only.
+
+Every message is a NamedTuple; `wire/schema.py` derives its strict decoder from the annotations.
+The sender, its role and its incarnation are known from the authenticated channel.
+
+Wire: the order and meaning of fields is part of the wire format; see docs/formats.md.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple, TypeAlias
+
+from coordlib.raft.messages import SnapshotMeta
+
+__all__ = [
+    "Announce",
+    "ClientMessage",
+    "Form",
+    "LeaderInfo",
+    "MemberStatus",
+    "NodeMessage",
+    "Refusal",
+    "Replies",
+    "Reply",
+    "ReplyStatus",
+    "Request",
+    "RequestKind",
+    "Requests",
+    "SnapshotAck",
+    "SnapshotChunk",
+    "StatusQuery",
+    "StatusReply",
+]
+
+
+class RequestKind(IntEnum):
+    COMMAND = 1  # body: an operation; goes through the log, once
+    QUERY = 2  # body: a query; linearizable, no log entry
+    STALE_QUERY = 3  # body: a query; answered by the asked node from what it has applied
+    KEEP_ALIVE = 4  # body empty; answered after a quorum round begun after its arrival
+    WAIT = 5  # body: a query that is answered when its condition holds (lock granted or gone)
+
+
+class ReplyStatus(IntEnum):
+    OK = 0  # body: the machine's reply
+    NOT_LEADER = 1  # body: leader's node id in UTF-8, may be empty; the request was not appended
+    ERROR = 2  # body: CBOR [code, message, details]; definite
+    UNKNOWN = 3  # the leader lost its office with the request in its log; ask again with the same sequence
+
+
+class Request(NamedTuple):
+    """One request of a session. COMMANDs are identified by (session, sequence)."""
+
+    request_id: int  # of this sender, to match the reply; never reused within an incarnation
+    kind: int
+    session: int  # 0: none yet (opening one)
+    sequence: int  # 0 for all but COMMAND
+    acknowledged: int  # every sequence below this one has been answered to the session
+    body: bytes
+
+
+class Requests(NamedTuple):
+    requests: tuple[Request, ...]
+
+
+class Reply(NamedTuple):
+    request_id: int
+    status: int
+    body: bytes
+
+
+class Replies(NamedTuple):
+    replies: tuple[Reply, ...]
+
+
+class LeaderInfo(NamedTuple):
+    """To clients: who leads, as far as the sender knows; sent on attach and on every change."""
+
+    term: int
+    leader: str  # "" = none known
+    endpoints: tuple[tuple[str, str], ...]  # (node id, endpoint) of every member
+
+
+class Announce(NamedTuple):
+    """First message on every member-to-member connection, and again when what it says changes."""
+
+    cluster_uuid: bytes  # empty: this node's disk belongs to no cluster yet
+    disk_id: bytes
+    members_digest: bytes  # over the configured member list: all must be given the same
+    wants_bootstrap: bool
+    term: int
+    last_index: int  # durable
+    last_term: int
+    known_disks: tuple[tuple[str, bytes], ...]  # node id -> disk id as this node knows them; empty id = not yet seen
+    remembered_term: int  # what this node remembers the *receiver's* disk to have acknowledged; 0, 0 = nothing
+    remembered_index: int
+
+
+class Form(NamedTuple):
+    """From the forming member: be part of this cluster, if your disk is empty and named here."""
+
+    cluster_uuid: bytes
+    disks: tuple[tuple[str, bytes], ...]
+
+
+class Refusal(NamedTuple):
+    """Why the sender will not work with the receiver; the receiver stops and shows `message`."""
+
+    code: str
+    message: str
+
+
+class MemberStatus(NamedTuple):
+    """Each member to the leader, about once a second: for status, lag and log_time."""
+
+    applied_index: int
+    wall_ms: int
+    late_ms: int  # the longest the node thread was kept from running since the last report
+
+
+class SnapshotChunk(NamedTuple):
+    """One piece of a snapshot file, on the bulk lane; consecutive offsets; at most 256 KiB of data."""
+
+    group: int
+    term: int
+    meta: SnapshotMeta
+    size: int  # of the whole file
+    offset: int
+    data: bytes
+
+
+class SnapshotAck(NamedTuple):
+    """Receiver's word on a transfer: the next offset it wants; `size` when complete and durable."""
+
+    group: int
+    term: int
+    index: int  # of the snapshot
+    offset: int
+    is_refused: bool  # not wanted (older than what it has) or failed: stop sending
+
+
+class StatusQuery(NamedTuple):
+    request_id: int
+
+
+class StatusReply(NamedTuple):
+    request_id: int
+    body: bytes  # CBOR map, for people and tools: grows over time, unknown keys are to be ignored
+
+
+NodeMessage: TypeAlias = (
+    Announce
+    | Form
+    | Refusal
+    | MemberStatus
+    | SnapshotChunk
+    | SnapshotAck
+    | Requests
+    | Replies
+    | LeaderInfo
+    | StatusQuery
+    | StatusReply
+)
+ClientMessage: TypeAlias = Requests | Replies | LeaderInfo | StatusQuery | StatusReply | Refusal
