@@ -3,8 +3,12 @@
 At the bottom of the import order, because both the replicated machine and the wire need it. What is
 *not* here: the schema of any message, and the codec of user values.
 
-Refused when reading: tags (all of them), indefinite lengths, duplicate map keys, trailing bytes,
-nesting deeper than 16, `undefined` and other simple values. Each is something that no node of ours writes.
+Refused when reading: tags (all of them), indefinite lengths, duplicate map keys, trailing bytes, text
+that is not UTF-8, nesting deeper than 16. Each is something that no node of ours writes.
+
+Left to the schema that looks at the result, because a check here would walk every value a second time:
+`undefined` and other simple values (they come out as objects of cbor2's own types, which no schema
+names), the kind of map keys, ranges of integers, and whether the bytes were the shortest possible.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class Announce(NamedTuple):
     term: int
     last_index: int  # durable
     last_term: int
-    known_disks: tuple[tuple[str, bytes], ...]  # node id -> disk id as this node knows them; empty id = not yet seen
-    remembered_term: int  # what this node remembers the *receiver's* disk to have acknowledged; 0, 0 = nothing
+    known_disks: tuple[tuple[str, bytes], ...]  # node id -> disk id as known here; empty = not yet seen
+    remembered_term: int  # what this node remembers the *receiver's* disk to have acknowledged; 0, 0 = none
     remembered_index: int
 
 
@@ -135,7 +135,7 @@ class SnapshotAck(NamedTuple):
 
     group: int
     term: int
-    index: int  # of the snapshot
+    index: int  # type: ignore[assignment]  # of the snapshot; hides tuple.index()
     offset: int
     is_refused: bool  # not wanted (older than what it has) or failed: stop sending
 
