@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     """One slot of the replicated log."""
 
     term: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     kind: int
     data: bytes
 
@@ -54,7 +54,7 @@ class HardState(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """Who counts. `outgoing` is non-empty only in joint consensus (Thesis §4.3). Names sorted, no duplicates."""
+    """Who counts. `outgoing`: only in joint consensus (Thesis §4.3). Names sorted, no duplicates."""
 
     voters: tuple[str, ...]
     learners: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Configuration(NamedTuple):
 class SnapshotMeta(NamedTuple):
     """The log position a snapshot stands for, and the configuration in force there."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     term: int
     configuration: Configuration
 
@@ -74,7 +74,9 @@ class RequestVote(NamedTuple):
     last_index: int
     last_term: int
     is_pre_vote: bool
-    is_transfer: bool  # the leader asked for it: voters need not wait for the leader's silence (Thesis §4.2.3)
+    is_transfer: (
+        bool  # the leader asked for it: voters need not wait for the leader's silence (Thesis §4.2.3)
+    )
 
 
 class VoteReply(NamedTuple):
@@ -128,7 +130,7 @@ class InstallSnapshot(NamedTuple):
 class SnapshotStatus(NamedTuple):
     """Given to the leader's core by its own node: the transfer to `follower` ended."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     is_success: bool
 
 
