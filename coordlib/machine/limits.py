@@ -1,0 +1,57 @@
+"""The replicated limits: what the state machine may hold. Every one is refused by name when it would be
+exceeded.
+
+Limits belong to the state: they are fixed when the cluster forms, travel in snapshots, and are the same on
+every member, because each of them decides the outcome of commands.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from coordlib.errors import QuotaExceeded
+
+__all__ = ["ENTRY_OVERHEAD_BYTES", "Limits", "exceeded"]
+
+ENTRY_OVERHEAD_BYTES = 128
+"""
+What one key costs beside its key and value: two object headers, its revisions, its slot in a dict
+(measured).
+"""
+
+
+class Limits(NamedTuple):
+    """
+    Sizes in bytes, times in milliseconds, the rest are counts. All are inclusive.
+
+    Disk: the order of fields is part of the snapshot format.
+    """
+
+    name_size_bytes_max: int = 256  # of maps, locks, owners
+    key_size_bytes_max: int = 4 * 1024
+    value_size_bytes_max: int = 1024 * 1024
+    entry_size_bytes_max: int = 4 * 1024 * 1024  # one operation as encoded
+    state_size_bytes_max: int = (
+        1024 * 1024 * 1024
+    )  # all maps: keys, values and ENTRY_OVERHEAD_BYTES for each key
+    maps_max: int = 4096
+    update_pairs_max: int = 4096  # in one update: bounds the time it takes
+    sessions_max: int = 10_000
+    session_ttl_ms_min: int = 100
+    session_ttl_ms_max: int = 24 * 60 * 60 * 1000
+    replies_max: int = 1024  # kept for one session
+    replies_size_bytes_max: int = 1024 * 1024  # kept for one session; the last one may exceed it
+    replies_total_bytes_max: int = 256 * 1024 * 1024  # kept for all sessions
+    acquisitions_max: int = 200_000  # held and queued, of all sessions: bounds the number of locks as well
+    session_acquisitions_max: int = 4096
+    lock_waiters_max: int = 10_000
+
+
+def exceeded(limit: str, maximum: int, wanted: int) -> QuotaExceeded:
+    """The error that names the limit, its value and what was asked for."""
+    return QuotaExceeded(
+        f"{limit} is {maximum}, this needs {wanted}; deletes and releases still work",
+        limit=limit,
+        maximum=maximum,
+        wanted=wanted,
+    )
