@@ -325,6 +325,11 @@ class Machine:
                 self._end_sessions([session_id], "overloaded", now_ms, effects)
         return Applied(session_id, sequence, reply, tuple(effects))
 
+    def skip(self, index: int) -> None:
+        """Pass over an entry that is no command (a leader's no-op, a configuration)."""
+        invariant(index > self.applied_index, "entry %d applied after %d", index, self.applied_index)
+        self.applied_index = index
+
     def _close_session(
         self, meta: Meta, session: int, _sequence: int, _args: list[Any], effects: list[Effect]
     ) -> tuple[Any, ...]:

@@ -48,6 +48,7 @@ __all__ = [
     "error_reply",
     "expire_sessions",
     "is_internal",
+    "is_success",
     "map_clear",
     "map_compare_and_set",
     "map_delete",
@@ -406,6 +407,11 @@ def encode_error(error: CoordError) -> bytes:
         for name, value in error.details.items()
     }
     return encode([error.code, error.message, details])
+
+
+def is_success(reply: bytes) -> bool:
+    """Whether a reply is one of success, without decoding it."""
+    return len(reply) > 1 and 0x81 <= reply[0] <= 0x97 and reply[1] == 0
 
 
 def error_reply(reply: bytes) -> CoordError | None:

@@ -107,6 +107,15 @@ class Sessions:
     def is_alive(self, id: int) -> bool:
         return id in self._live
 
+    def ttl_ms(self, id: int) -> int:
+        """The TTL that a live session was opened with."""
+        return self._live[id].ttl_ms
+
+    def remaining_ms(self, id: int) -> int | None:
+        """What a checkpoint left of a session's TTL; None: the full one, or no such session."""
+        session = self._live.get(id)
+        return None if session is None else session.remaining_ms
+
     def owner_of(self, id: int) -> str:
         """The name that the session gave itself, empty if it is gone."""
         session = self._live.get(id)
