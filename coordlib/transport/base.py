@@ -49,7 +49,7 @@ class ConnectionUp(NamedTuple):
 
 
 class ConnectionDown(NamedTuple):
-    """The connection was lost. Frames given to `send` before may or may not have arrived. It is being retried."""
+    """The connection was lost and is being retried. Frames sent before may or may not have arrived."""
 
     connection: int
 
