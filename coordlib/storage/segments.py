@@ -173,7 +173,7 @@ class SegmentStorage:
     def open(self) -> Recovered:
         if self._lock is not None:
             raise StartError(f"{self._directory} is open already", path=self._directory)
-        if isinstance(self._refusal, FatalError):
+        if isinstance(self._refusal, FatalError | ForkedError):
             self._refuse()
         reason = self._fs.condemned(self._directory)
         if reason is not None:
@@ -260,10 +260,7 @@ class SegmentStorage:
             fs.sync_directory(directory)
         except OSError as exc:
             self._fail(exc)
-        notes = found.notes
-        if any(name.startswith("snapshot-") and name.endswith(".tmp") for name in obsolete):
-            notes.append("removed an unfinished snapshot")
-        return Recovered(self._identity, groups, is_new, notes)
+        return Recovered(self._identity, groups, is_new, found.notes)
 
     def _check_leftovers(self, names: list[str]) -> None:
         """Without an identity there may be what an interrupted `_form` left behind, and nothing else."""
