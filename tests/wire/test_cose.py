@@ -109,6 +109,7 @@ def test_encrypt0_of_the_wrong_form_is_malformed(parts: tuple[object, ...], why:
 def test_mac0_of_the_wrong_form_is_malformed() -> None:
     """Payload or tag of the wrong type; a key id that is text."""
     key = cose.MACKey(KEY)
+    parts: tuple[object, ...]
     for parts in ((b"\xa1\x01\x05", {}, "text", b"t" * 32), (b"\xa1\x01\x05", {}, b"payload", None)):
         with pytest.raises(MalformedFrame):
             cose.open_mac0(key, cbor.encode(parts))

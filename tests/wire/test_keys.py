@@ -107,7 +107,7 @@ def test_public_keys_belong_to_their_private_keys_as_zeromq_computes_them() -> N
 
 def test_several_secrets_keep_their_order_and_are_found_by_epoch() -> None:
     """The first is used to begin, all are accepted."""
-    other = generate_secret(lambda size: bytes(size))
+    other = generate_secret(bytes)
     keys = ClusterKeys.from_secrets([SECRET, other], "shop")
     assert keys.epoch_ids == (
         *ClusterKeys.from_secrets([SECRET], "shop").epoch_ids,
