@@ -92,9 +92,7 @@ def test_no_tag_up_to_70000_is_accepted() -> None:
 
 @pytest.mark.parametrize("tag", cbor._BUILTIN_TAGS)
 @pytest.mark.parametrize("content", ["00", "6161", "4101", "80", "820101", "a0", "f6", "c000"])
-def test_tags_that_cbor2_knows_are_refused_whatever_they_hold(
-    tag: int, content: str
-) -> None:
+def test_tags_that_cbor2_knows_are_refused_whatever_they_hold(tag: int, content: str) -> None:
     """Neither a shared reference nor a regular expression nor a big number is ever built from the content."""
     for wrapped in (b"", b"\x81", b"\xa1\x00"):
         with pytest.raises(cbor.CBORError, match="semantic tag"):
