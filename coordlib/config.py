@@ -148,7 +148,6 @@ class MemberSettings:
     reads: str = "quorum"
     timing: Timing = field(default_factory=Timing)
     segment_size_bytes: int = 16 * 1024 * 1024
-    state_size_bytes_max: int = 1 << 30
 
     def __post_init__(self) -> None:
         check_name(self.cluster, "cluster")

@@ -1,0 +1,513 @@
+"""The handles that users hold: `Cluster` for threads, `AsyncCluster` for tasks, `connect` and `local`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import os
+import secrets as random_secrets
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, ParamSpec, Self, TypeVar, cast
+
+from coordlib.api.codec import Codec
+from coordlib.api.engine import Engine, OpGen, arun, check_usable, run
+from coordlib.api.grants import Grants
+from coordlib.api.locks import AsyncLock, GrantCallback, Lock
+from coordlib.api.maps import AsyncMap, Map
+from coordlib.config import (
+    ClientSettings,
+    MemberSettings,
+    Timing,
+    check_secrets,
+    load_environment,
+    load_file,
+    milliseconds,
+)
+from coordlib.errors import ConfigError, FlavourError, ForkedError
+from coordlib.node.driver import ClientDriver, Driver, MemberDriver
+from coordlib.node.process import ProcessDriver
+from coordlib.storage.files import PosixFileSystem
+from coordlib.storage.memory import MemoryStorage
+from coordlib.storage.segments import SegmentStorage
+from coordlib.transport.registry import find_transport
+from coordlib.wire.keys import ClusterKeys, generate_secret
+
+__all__ = ["AsyncCluster", "Cluster", "connect", "connect_async", "local"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+CLOSE_TIMEOUT_SECONDS: Final = 5.0
+Members = Mapping[str, str]
+LockName = str | Callable[..., str]
+
+
+class _Handle:
+    """What both faces share: settings in, a driver inside, and who may use it."""
+
+    _make_driver: Callable[[], Driver]
+    _request_timeout_ms: int
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        node: str,
+        members: Members,
+        secret: str | bytes | Sequence[str | bytes] | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        bind: str | None = None,
+        transport: str = "zmq",
+        isolation: str = "thread",
+        bootstrap: bool = False,
+        reads: str = "quorum",
+        heartbeat: float = 0.05,
+        election_timeout: tuple[float, float] = (0.3, 0.6),
+        session_ttl: float = 10.0,
+        drift_bound: float = 0.01,
+        request_timeout: float = 10.0,
+        start_timeout: float = 30.0,
+    ) -> None:
+        """
+        Describe a member of a cluster. Nothing is started: no thread, no socket, no file.
+
+        Args:
+            name: The cluster's name; the same for all members and clients.
+            node: This member's name in `members`. A name belongs to a disk: never give it to another machine.
+            members: Every member's name and endpoint, this one's included. The same names on every member.
+            secret: From `coordlib keys new`, the same everywhere; or a list, newest first, while it is being changed.
+            data_dir: A directory on a local disk that no other node uses.
+            bind: Where to listen, if that differs from this member's endpoint (behind NAT): "tcp://0.0.0.0:7400".
+            isolation: "thread" runs the node on a thread of this process, "process" in a process of its own that
+                lives as long as this one: for applications with CPU-bound threads.
+            bootstrap: Form a new cluster as soon as a quorum of empty members is there, not only when all are.
+            reads: "quorum" confirms leadership for every (batch of) linearizable reads; "lease" relies on clocks that
+                run at the same rate within `drift_bound`.
+            heartbeat, election_timeout, session_ttl, request_timeout, start_timeout: In seconds.
+
+        Raises:
+            ConfigError: A setting is wrong or contradicts another.
+        """
+        if isolation not in ("thread", "process"):
+            raise ConfigError(f"isolation is 'thread' or 'process'; got {isolation!r}")
+        timing = Timing.from_seconds(
+            heartbeat=heartbeat,
+            election_timeout=election_timeout,
+            session_ttl=session_ttl,
+            drift_bound=drift_bound,
+            request_timeout=request_timeout,
+            start_timeout=start_timeout,
+        )
+        settings = MemberSettings(
+            cluster=name,
+            node=node,
+            members=dict(members) if isinstance(members, Mapping) else members,
+            secrets=check_secrets(secret),
+            data_dir=None if data_dir is None else os.path.abspath(os.fspath(data_dir)),
+            bind=bind,
+            transport=transport,
+            bootstrap=bool(bootstrap),
+            reads=reads,
+            timing=timing,
+        )
+        _check_secrets_and_transport(settings.secrets, name, transport)
+        if isolation == "process":
+            if settings.data_dir is None or transport != "zmq":
+                raise ConfigError("isolation='process' needs a data_dir and transport='zmq'")
+            self._setup(lambda: ProcessDriver(settings), timing)
+        else:
+            self._setup(lambda: MemberDriver(settings, lambda: _storage_of(settings)), timing)
+
+    def _setup(self, make_driver: Callable[[], Driver], timing: Timing) -> None:
+        self._make_driver = make_driver
+        self._request_timeout_ms = timing.request_timeout_ms
+        self._driver: Driver | None = None
+        self._is_closed = False
+        self._pid = os.getpid()
+        self._lifecycle = threading.Lock()
+        self._grants = Grants()
+
+    @classmethod
+    def _of(cls, make_driver: Callable[[], Driver], timing: Timing) -> Self:
+        self = cls.__new__(cls)
+        self._setup(make_driver, timing)
+        return self
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """
+        A member as described by COORDLIB_CLUSTER, _NODE, _MEMBERS, _SECRET, _DATA_DIR and so on.
+
+        Raises:
+            ConfigError: A variable is missing, unknown or wrong.
+        """
+        return cls(**load_environment(environment))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """
+        A member as described by a TOML file whose keys are this class's arguments.
+
+        Raises:
+            ConfigError: It cannot be read, or a key is missing, unknown or wrong.
+        """
+        return cls(**load_file(path))
+
+    def _begin_start(self) -> Driver | None:
+        self._check_process()
+        with self._lifecycle:
+            if self._driver is not None and not self._is_closed:
+                return None
+            check_usable(self._driver, self._is_closed) if self._is_closed else None
+            driver = self._make_driver()
+            driver.add_listener(self._grants.session_changed)
+            self._driver = driver
+            return driver
+
+    def _start_failed(self) -> None:
+        with self._lifecycle:
+            self._driver = None
+
+    def _begin_close(self) -> Driver | None:
+        if self._pid != os.getpid():
+            return None  # the parent's to close
+        with self._lifecycle:
+            driver, was_closed, self._is_closed = self._driver, self._is_closed, True
+        return None if was_closed else driver
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise ForkedError(
+                "this handle belongs to the parent process. In a worker, attach by coordlib.connect(...) after the fork"
+            )
+
+    @property
+    def _engine(self) -> Engine:
+        driver = self._driver
+        if driver is None or self._is_closed or driver.pid != os.getpid():
+            return check_usable(cast("Engine | None", driver), self._is_closed)
+        return cast(Engine, driver)
+
+
+def _check_secrets_and_transport(secrets: tuple[str, ...], name: str, transport: str) -> None:
+    # Derived here once for the error, and again at the start: keys are not kept in a handle that may never start.
+    ClusterKeys.from_secrets(secrets, name).wipe()
+    find_transport(transport)
+
+
+def _storage_of(settings: MemberSettings) -> Any:
+    if settings.data_dir is None:
+        return MemoryStorage(node_id=settings.node, cluster_name=settings.cluster, new_disk_id=os.urandom(16))
+    return SegmentStorage(
+        PosixFileSystem(),
+        settings.data_dir,
+        node_id=settings.node,
+        cluster_name=settings.cluster,
+        new_disk_id=os.urandom(16),
+        segment_size_bytes=settings.segment_size_bytes,
+    )
+
+
+class Cluster(_Handle):
+    """
+    A member of a cluster (or a client of one, see `connect`), for threads. Thread-safe.
+
+    .. versionadded:: 0.1
+    """
+
+    def start(self) -> None:
+        """
+        Start the node, and return when it has found a leader and opened a session. Does nothing if it runs.
+
+        Raises:
+            StartError: Within `start_timeout`, saying what stands in the way; nothing is left behind.
+            StorageCorrupt, StorageFailed: The disk cannot be trusted.
+        """
+        driver = self._begin_start()
+        if driver is not None:
+            try:
+                driver.start()
+            except BaseException:
+                driver.stop(0)
+                self._start_failed()
+                raise
+
+    def close(self, *, timeout: float = CLOSE_TIMEOUT_SECONDS) -> None:
+        """
+        Leave in good order: give back all locks, hand over the leadership, stop. Idempotent; never raises.
+
+        Args:
+            timeout: Seconds for the good order; after them the node stops anyway.
+        """
+        driver = self._begin_close()
+        if driver is not None:
+            driver.stop(timeout)
+        self._grants.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, operation: OpGen[T]) -> T:
+        return run(self._engine, operation)
+
+    async def _arun(self, operation: OpGen[T]) -> T:
+        return await arun(self._engine, operation)
+
+    def lock(
+        self,
+        name: str,
+        *,
+        timeout: float | None = None,
+        on_lost: GrantCallback | None = None,
+        on_suspended: GrantCallback | None = None,
+    ) -> Lock:
+        """
+        A handle on the lock `name`; asks nothing yet. Use it in a `with` block, which yields the grant.
+
+        Args:
+            timeout: For the `with` block: seconds to wait, None for as long as it takes.
+            on_lost, on_suspended: Called with the grant, on a thread of coordlib's, when the lock was lost, or may be
+                soon because contact to the cluster is lost.
+        """
+        return Lock(self, name, timeout, on_lost, on_suspended)
+
+    def locked(self, name: LockName, *, timeout: float | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+        """
+        Decorate a function, `def` or `async def`, to run only while holding a lock.
+
+        Args:
+            name: The lock's name, or a function of the call's arguments that returns it.
+        """
+
+        def decorate(function: Callable[P, T]) -> Callable[P, T]:
+            _check_decorable(function)
+            if inspect.iscoroutinefunction(function):
+                return cast(Callable[P, T], _locked_coroutine(_AsyncFace(self), function, name, timeout))
+
+            @functools.wraps(function)
+            def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+                with self.lock(_lock_name(name, args, kwargs), timeout=timeout):
+                    return function(*args, **kwargs)
+
+            return wrapper
+
+        return decorate
+
+    def map(self, name: str, *, codec: Codec | None = None) -> Map:
+        """The replicated map `name`; it exists as soon as it holds something."""
+        return Map(self, name, codec)
+
+    def stats(self) -> dict[str, Any]:
+        """How this node is: role, term, indexes, members, sessions, counters. Keys are stable, more may come."""
+        return _driver_of(self).stats()
+
+
+class AsyncCluster(_Handle):
+    """
+    A member of a cluster (or a client of one), for asyncio. Takes the same arguments as `Cluster`.
+
+    .. versionadded:: 0.1
+    """
+
+    async def start(self) -> None:
+        """See `Cluster.start`. Cancelled, the node is stopped again."""
+        driver = self._begin_start()
+        if driver is not None:
+            try:
+                await asyncio.to_thread(driver.start)
+            except BaseException:
+                await asyncio.shield(asyncio.to_thread(driver.stop, 0))
+                self._start_failed()
+                raise
+
+    async def close(self, *, timeout: float = CLOSE_TIMEOUT_SECONDS) -> None:
+        """See `Cluster.close`."""
+        driver = self._begin_close()
+        if driver is not None:
+            await asyncio.shield(asyncio.to_thread(driver.stop, timeout))
+        self._grants.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @classmethod
+    def local(cls) -> Self:
+        """One process, nothing to configure: see `coordlib.local`."""
+        make_driver, timing = _local_driver()
+        return cls._of(make_driver, timing)
+
+    async def _arun(self, operation: OpGen[T]) -> T:
+        return await arun(self._engine, operation)
+
+    def lock(
+        self,
+        name: str,
+        *,
+        timeout: float | None = None,
+        on_lost: GrantCallback | None = None,
+        on_suspended: GrantCallback | None = None,
+    ) -> AsyncLock:
+        """A handle on the lock `name`, for `async with`. See `Cluster.lock`; callbacks come on another thread."""
+        return AsyncLock(self, name, timeout, on_lost, on_suspended)
+
+    def locked(self, name: LockName, *, timeout: float | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+        """
+        Decorate an `async def` to run only while holding a lock.
+
+        Raises:
+            FlavourError: When decorating a plain function: it would block the event loop.
+        """
+
+        def decorate(function: Callable[P, T]) -> Callable[P, T]:
+            _check_decorable(function)
+            if not inspect.iscoroutinefunction(function):
+                raise FlavourError(f"{function.__name__} is no `async def`: use a Cluster to decorate plain functions")
+            return cast(Callable[P, T], _locked_coroutine(self, function, name, timeout))
+
+        return decorate
+
+    def map(self, name: str, *, codec: Codec | None = None) -> AsyncMap:
+        """The replicated map `name`; it exists as soon as it holds something."""
+        return AsyncMap(self, name, codec)
+
+    async def stats(self) -> dict[str, Any]:
+        """See `Cluster.stats`."""
+        return await asyncio.to_thread(_driver_of(self).stats)
+
+
+class _AsyncFace(AsyncCluster):
+    """A Cluster's engine with the face for tasks: for decorated coroutines."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._request_timeout_ms = cluster._request_timeout_ms
+        self._grants = cluster._grants
+
+    @property
+    def _engine(self) -> Engine:
+        return self._cluster._engine
+
+
+def _driver_of(handle: _Handle) -> Driver:
+    return cast(Driver, handle._engine)
+
+
+def _lock_name(name: LockName, args: Any, kwargs: Any) -> str:
+    return name if isinstance(name, str) else name(*args, **kwargs)
+
+
+def _check_decorable(function: Callable[..., Any]) -> None:
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise FlavourError(
+            f"{function.__name__} is a generator: it would run after the lock was released. Use a `with` block inside it"
+        )
+
+
+def _locked_coroutine(
+    cluster: AsyncCluster, function: Callable[P, Any], name: LockName, timeout: float | None
+) -> Callable[P, Awaitable[Any]]:
+    @functools.wraps(function)
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+        async with cluster.lock(_lock_name(name, args, kwargs), timeout=timeout):
+            return await function(*args, **kwargs)
+
+    return wrapper
+
+
+def _client_driver(
+    endpoints: str | Sequence[str],
+    cluster: str,
+    secret: Any,
+    transport: str,
+    session_ttl: float,
+    request_timeout: float,
+    start_timeout: float,
+    name: str,
+) -> tuple[Callable[[], Driver], Timing]:
+    addresses = endpoints.split(",") if isinstance(endpoints, str) else list(endpoints)
+    timing = Timing(
+        session_ttl_ms=milliseconds(session_ttl, "session_ttl"),
+        request_timeout_ms=milliseconds(request_timeout, "request_timeout"),
+        start_timeout_ms=milliseconds(start_timeout, "start_timeout"),
+    )
+    settings = ClientSettings(
+        cluster=cluster,
+        endpoints=tuple(address.strip() for address in addresses if address.strip()),
+        secrets=check_secrets(secret),
+        transport=transport,
+        name=name,
+        timing=timing,
+    )
+    _check_secrets_and_transport(settings.secrets, cluster, transport)
+    return lambda: ClientDriver(settings), timing
+
+
+def connect(
+    endpoints: str | Sequence[str],
+    *,
+    cluster: str,
+    secret: str | bytes | Sequence[str | bytes],
+    transport: str = "zmq",
+    session_ttl: float = 10.0,
+    request_timeout: float = 10.0,
+    start_timeout: float = 10.0,
+    name: str = "",
+) -> Cluster:
+    """
+    A client without a vote and without a disk: for workers, scripts and forked children. Starts nothing yet.
+
+    Args:
+        endpoints: Of some members ("tcp://10.0.0.1:7400,tcp://10.0.0.2:7400"); the others are learnt.
+        name: What `coordlib status` and lock owners show; by default made from the process id.
+    """
+    made = _client_driver(endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name)
+    return Cluster._of(*made)
+
+
+def connect_async(
+    endpoints: str | Sequence[str],
+    *,
+    cluster: str,
+    secret: str | bytes | Sequence[str | bytes],
+    transport: str = "zmq",
+    session_ttl: float = 10.0,
+    request_timeout: float = 10.0,
+    start_timeout: float = 10.0,
+    name: str = "",
+) -> AsyncCluster:
+    """`connect`, for asyncio."""
+    made = _client_driver(endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name)
+    return AsyncCluster._of(*made)
+
+
+def _local_driver() -> tuple[Callable[[], Driver], Timing]:
+    timing = Timing(start_timeout_ms=10_000)
+    settings = MemberSettings(
+        cluster="local",
+        node="local",
+        members={"local": f"memory://local-{random_secrets.token_hex(8)}"},
+        secrets=(generate_secret(os.urandom),),
+        data_dir=None,
+        transport="memory",
+        timing=timing,
+    )
+    return lambda: MemberDriver(settings, lambda: _storage_of(settings)), timing
+
+
+def local() -> Cluster:
+    """
+    A cluster of this one process, nothing to configure and nothing on the disk: for a laptop and for unit tests.
+
+    The same code as a real member, on a memory store and a memory transport.
+    """
+    return Cluster._of(*_local_driver())
+

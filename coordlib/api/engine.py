@@ -1,0 +1,169 @@
+"""Operations as generators, and the two ways to run them: on a thread, and in a task.
+
+An operation yields steps and receives their replies; it knows neither threads nor tasks nor what is below.
+All clean-up is in the generator, once: when its caller gives up (a timeout, Ctrl-C, a cancelled task), the
+exception is thrown into it, and what it still yields then must be `detached` steps, for which nobody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Generator
+from typing import Final, Protocol, TypeAlias, TypeVar
+
+from coordlib.errors import ClusterClosed, CommitTimeout, CoordError, ForkedError, NoQuorum, NotStarted
+from coordlib.node.clock import monotonic_ms
+from coordlib.node.session import Call, SessionView
+from coordlib.node.waiting import AsyncCall, ThreadCall
+from coordlib.wire.messages import RequestKind
+
+__all__ = ["Engine", "OpGen", "Step", "arun", "run"]
+
+T = TypeVar("T")
+GRACE_SECONDS: Final = 0.25
+FOREVER_MS: Final = 1 << 62
+
+
+class Step:
+    """One request of an operation. After it, `sequence` and `view` tell under which identity it went."""
+
+    __slots__ = ("body", "call", "deadline_ms", "is_detached", "kind", "sequence", "view", "withdraws")
+
+    def __init__(
+        self,
+        kind: int,
+        body: bytes,
+        deadline_ms: int,
+        *,
+        sequence: int = 0,
+        view: SessionView | None = None,
+        is_detached: bool = False,
+        withdraws: tuple[Call, Callable[[int], bytes]] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.body = body
+        self.deadline_ms = deadline_ms
+        self.sequence = sequence
+        self.view = view
+        self.is_detached = is_detached
+        self.withdraws = withdraws
+        self.call: Call | None = None
+
+    @classmethod
+    def withdraw(cls, step: Step, build: Callable[[int], bytes]) -> Step:
+        """Undo a command step that may or may not have been sent: `build` makes the command from its sequence."""
+        assert step.call is not None
+        return cls(RequestKind.COMMAND, b"", FOREVER_MS, is_detached=True, withdraws=(step.call, build))
+
+
+OpGen: TypeAlias = Generator[Step, bytes, T]
+
+
+class Engine(Protocol):
+    """What runs below the API: an embedded member or a client; later, other systems."""
+
+    pid: int
+
+    def submit(self, call: Call) -> None: ...
+
+    @property
+    def view(self) -> SessionView: ...
+
+
+def check_usable(engine: Engine | None, is_closed: bool) -> Engine:
+    """
+    Raises:
+        ForkedError, ClusterClosed, NotStarted: In this order, before anything else is touched.
+    """
+    if engine is None:
+        if is_closed:
+            raise ClusterClosed("this handle was closed; make a new one")
+        raise NotStarted("this handle was not started: call start(), or use it in a `with` block")
+    if engine.pid != os.getpid():
+        raise ForkedError(
+            "this handle belongs to the parent process. In a worker, attach by coordlib.connect(...) after the fork"
+        )
+    if is_closed:
+        raise ClusterClosed("this handle was closed; make a new one")
+    return engine
+
+
+def _given_up(step: Step, call: Call) -> CoordError:
+    if step.kind == RequestKind.COMMAND and call.attempts:
+        return CommitTimeout("the node did not answer in time: the request may have taken effect", request_id=call.request_id)
+    return NoQuorum("the node did not answer in time; nothing was changed")
+
+
+def _detach(engine: Engine, step: Step) -> None:
+    call = Call(step.kind, step.body, FOREVER_MS, view=step.view, is_detached=True, withdraws=step.withdraws)
+    step.call = call
+    engine.submit(call)
+
+
+def run(engine: Engine, operation: OpGen[T]) -> T:
+    """Run an operation on this thread."""
+    try:
+        step = next(operation)
+        while True:
+            if step.is_detached:
+                _detach(engine, step)
+                step = operation.send(b"")
+                continue
+            call = ThreadCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
+            step.call = call
+            try:
+                engine.submit(call)
+                wait_ms = step.deadline_ms - monotonic_ms()
+                if call.wait(max(0, wait_ms) / 1000 + GRACE_SECONDS):
+                    error = call.error
+                else:
+                    # The node thread is stalled (a hanging disk, a stopped process): do not hang with it.
+                    error = _given_up(step, call)
+            except BaseException as interrupt:
+                # Ctrl-C in the middle of a wait: let the operation clean up behind itself, then go on raising.
+                step = operation.throw(interrupt)
+                continue
+            step = operation.throw(error) if error is not None else operation.send(call.reply or b"")
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+async def arun(engine: Engine, operation: OpGen[T]) -> T:
+    """Run an operation in this task. Cancelling it raises CancelledError; the operation withdraws behind it."""
+    try:
+        step = next(operation)
+        while True:
+            if step.is_detached:
+                _detach(engine, step)
+                step = operation.send(b"")
+                continue
+            call = AsyncCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
+            step.call = call
+            timer: asyncio.TimerHandle | None = None
+            try:
+                engine.submit(call)
+                if step.deadline_ms < FOREVER_MS:
+                    wait = max(0, step.deadline_ms - monotonic_ms()) / 1000 + GRACE_SECONDS
+                    timer = call.loop.call_later(wait, _give_up, call)
+                await call.future
+                error = call.error
+                if error is None and call.reply is None:
+                    error = _given_up(step, call)
+            except BaseException as interrupt:
+                step = operation.throw(interrupt)
+                continue
+            finally:
+                if timer is not None:
+                    timer.cancel()
+            step = operation.throw(error) if error is not None else operation.send(call.reply or b"")
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def _give_up(call: AsyncCall) -> None:
+    if not call.future.done():
+        call.future.set_result(None)
+

@@ -1,0 +1,22 @@
+"""The clocks of a real node; everything above takes times as arguments."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+__all__ = ["monotonic_ms", "wall_ms"]
+
+# CLOCK_BOOTTIME goes on while the machine is suspended: a lease must run out then as well.
+_CLOCK: Final[int] = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_read = time.clock_gettime_ns
+
+
+def monotonic_ms() -> int:
+    """Whole milliseconds of a clock that never goes back, rounded down; the origin means nothing."""
+    return _read(_CLOCK) // 1_000_000
+
+
+def wall_ms() -> int:
+    """Milliseconds since 1970 by this machine's wall clock: for dates, never for deadlines."""
+    return time.time_ns() // 1_000_000

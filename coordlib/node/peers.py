@@ -1,0 +1,235 @@
+"""Who the peers are, whether their disks are the ones this cluster knows, and how a cluster forms. Sans-I/O.
+
+Formation: a node with an empty disk asks every configured member. If one belongs to a cluster already
+and knows this node's disk (or has never seen one of it), the node joins that cluster. If *every* member
+answered and all are empty, the member with the lowest name makes a cluster id and writes it down together
+with every member's disk id; the others join it by the rule above. Nothing else forms a cluster, so a wiped
+directory never does: a member that was formed names another disk for it. With `bootstrap=True` a quorum of
+empty members is enough, and the disks not seen yet are recorded through the log before they count.
+
+Invariant: no Raft message of a peer reaches the core unless the peer announced, in this incarnation, this
+cluster's id and the disk id that this cluster knows for its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+
+from coordlib import cbor
+from coordlib.errors import StartError
+from coordlib.node.effects import LogEvent
+from coordlib.storage.base import DiskIdentity
+from coordlib.wire.messages import Announce, MemberStatus, Refusal
+
+__all__ = ["Peer", "Peers"]
+
+
+class Peer:
+    """What is known of one other member."""
+
+    __slots__ = ("announce", "incarnation", "is_trusted", "is_up", "problem", "remembered", "status", "status_ms")
+
+    def __init__(self) -> None:
+        self.is_up = False  # our connection to it is established
+        self.incarnation = 0
+        self.announce: Announce | None = None
+        self.is_trusted = False
+        self.remembered = (0, 0)  # (term, index) that its disk acknowledged to us
+        self.status: MemberStatus | None = None
+        self.status_ms = 0
+        self.problem = ""
+
+
+def members_digest(members: Mapping[str, str]) -> bytes:
+    """All members must have been given the same names; endpoints may be written differently (NAT)."""
+    return hashlib.sha256(cbor.encode(sorted(members))).digest()[:16]
+
+
+class Peers:
+    def __init__(
+        self,
+        node_id: str,
+        members: Mapping[str, str],
+        identity: DiskIdentity,
+        *,
+        wants_bootstrap: bool,
+        random_bytes: Callable[[int], bytes],
+        events: list[LogEvent],
+    ) -> None:
+        self.node_id = node_id
+        self.identity = identity
+        self.known = {name: Peer() for name in sorted(members) if name != node_id}
+        self._members = sorted(members)
+        self._digest = members_digest(members)
+        self._wants_bootstrap = wants_bootstrap and not identity.cluster_uuid
+        self._random_bytes = random_bytes
+        self._events = events
+        self.disks = dict(identity.disks)
+        self.to_record: list[tuple[str, bytes]] = []  # disks seen for the first time; the leader logs them
+
+    @property
+    def is_formed(self) -> bool:
+        return bool(self.identity.cluster_uuid)
+
+    def announce_to(self, name: str, hard_term: int, last_term: int, last_index: int) -> Announce:
+        remembered = self.known[name].remembered
+        disks = tuple((node, self.disks.get(node, b"")) for node in self._members)
+        return Announce(
+            cluster_uuid=self.identity.cluster_uuid,
+            disk_id=self.identity.disk_id,
+            members_digest=self._digest,
+            wants_bootstrap=self._wants_bootstrap,
+            term=hard_term,
+            last_index=last_index,
+            last_term=last_term,
+            known_disks=disks,
+            remembered_term=remembered[0],
+            remembered_index=remembered[1],
+        )
+
+    def heard(self, name: str, announce: Announce) -> Refusal | DiskIdentity | None:
+        """
+        Take a peer's announcement.
+
+        Returns a Refusal to send to it, or the identity to write down (this node joins a cluster), or None.
+
+        Raises:
+            StartError: This node must stop: the peer shows that its disk or its settings are wrong.
+        """
+        peer = self.known[name]
+        peer.announce = announce
+        peer.is_trusted = False
+        peer.problem = ""
+        if announce.members_digest != self._digest:
+            peer.problem = (
+                f"member {name!r} was given another list of members than this node "
+                f"({', '.join(self._members)}): give every member the same list, then restart"
+            )
+            self._say(logging.ERROR, "members.differ", peer.problem, peer=name)
+            return None
+        if not announce.cluster_uuid:
+            if self.is_formed:
+                return self._judge_disk(name, announce)
+            return self._try_to_form()
+        if not self.is_formed:
+            return self._join(name, announce)
+        if announce.cluster_uuid != self.identity.cluster_uuid:
+            peer.problem = (
+                f"member {name!r} belongs to another cluster ({announce.cluster_uuid.hex()[:12]}) than this node "
+                f"({self.identity.cluster_uuid.hex()[:12]}): one of them runs with the wrong data_dir"
+            )
+            self._say(logging.ERROR, "cluster.differs", peer.problem, peer=name)
+            return None
+        ours = dict(announce.known_disks).get(self.node_id, b"")
+        if ours and ours != self.identity.disk_id:
+            raise StartError(_wiped(self.node_id, ours, self.identity.disk_id))
+        return self._judge_disk(name, announce)
+
+    def _judge_disk(self, name: str, announce: Announce) -> Refusal | None:
+        peer = self.known[name]
+        known = self.disks.get(name, b"")
+        if not known:
+            self.to_record.append((name, announce.disk_id))
+            peer.problem = f"the disk of member {name!r} is new and not recorded yet"
+            return None
+        if known != announce.disk_id:
+            peer.problem = _wiped(name, known, announce.disk_id)
+            self._say(logging.ERROR, "disk.differs", peer.problem, peer=name)
+            return Refusal("disk-differs", peer.problem)
+        peer.is_trusted = announce.cluster_uuid == self.identity.cluster_uuid
+        return None
+
+    def recorded(self, name: str, disk_id: bytes) -> None:
+        """The log says that this is the member's disk."""
+        self.disks[name] = disk_id
+        peer = self.known.get(name)
+        if peer is not None and peer.announce is not None and self.is_formed:
+            self._judge_disk(name, peer.announce)
+
+    def acknowledged(self, name: str, term: int, index: int) -> None:
+        peer = self.known[name]
+        if (term, index) > peer.remembered:
+            peer.remembered = (term, index)
+
+    def is_behind_its_word(self, name: str) -> bool:
+        """The peer came back with less than its disk acknowledged to us: its vote is worth nothing yet."""
+        peer = self.known[name]
+        announce = peer.announce
+        return announce is not None and (announce.last_term, announce.last_index) < peer.remembered
+
+    # -- formation -----------------------------------------------------------------------------------------
+
+    def _join(self, name: str, announce: Announce) -> DiskIdentity:
+        disks = dict(announce.known_disks)
+        ours = disks.get(self.node_id, b"")
+        if ours and ours != self.identity.disk_id:
+            raise StartError(_wiped(self.node_id, ours, self.identity.disk_id))
+        return self._adopt(announce.cluster_uuid, announce.known_disks, f"joined the cluster that {name!r} belongs to")
+
+    def _try_to_form(self) -> DiskIdentity | None:
+        answered = {name for name, peer in self.known.items() if peer.announce and not peer.problem}
+        if any(peer.announce and peer.announce.cluster_uuid for peer in self.known.values()):
+            return None  # there is a cluster: its members decide whether we belong to it
+        if len(answered) == len(self.known):
+            if self.node_id != self._members[0]:
+                return None
+        elif self._wants_bootstrap:
+            if len(answered) + 1 < len(self._members) // 2 + 1:
+                return None
+            others = (n for n in answered if self.known[n].announce.wants_bootstrap)  # type: ignore[union-attr]  # answered
+            if any(other < self.node_id for other in others):
+                return None
+        else:
+            return None
+        disks = tuple(
+            (name, self.identity.disk_id if name == self.node_id else self._announced_disk(name)) for name in self._members
+        )
+        return self._adopt(self._random_bytes(16), disks, "formed a new cluster")
+
+    def _announced_disk(self, name: str) -> bytes:
+        announce = self.known[name].announce
+        return announce.disk_id if announce is not None else b""
+
+    def try_alone(self) -> DiskIdentity | None:
+        """A cluster of one forms at once."""
+        return None if self.known or self.is_formed else self._try_to_form()
+
+    def _adopt(self, cluster_uuid: bytes, disks: tuple[tuple[str, bytes], ...], how: str) -> DiskIdentity:
+        self.identity = self.identity._replace(cluster_uuid=cluster_uuid, disks=disks)
+        self.disks = dict(disks)
+        self._wants_bootstrap = False
+        self._say(logging.INFO, "cluster.formed", f"{how}: id {cluster_uuid.hex()[:12]}", cluster_uuid=cluster_uuid.hex())
+        return self.identity
+
+    def formed(self) -> list[tuple[str, Refusal]]:
+        """The new identity is durable: judge the announcements that came before it."""
+        refusals = []
+        for name, peer in self.known.items():
+            if peer.announce is not None and not peer.problem:
+                refusal = self._judge_disk(name, peer.announce)
+                if refusal is not None:
+                    refusals.append((name, refusal))
+        return refusals
+
+    def missing(self) -> list[str]:
+        """Why there is no cluster yet, a line for each member."""
+        lines = []
+        for name, peer in self.known.items():
+            if peer.problem:
+                lines.append(peer.problem)
+            elif peer.announce is None:
+                lines.append(f"member {name!r} has not answered")
+        return lines
+
+    def _say(self, level: int, name: str, message: str, **fields: object) -> None:
+        self._events.append(LogEvent(level, name, message, fields))
+
+
+def _wiped(name: str, known: bytes, found: bytes) -> str:
+    return (
+        f"member {name!r} came with disk {found.hex()[:12]}, but this cluster knows it by disk {known.hex()[:12]}: its "
+        "data_dir was wiped, copied or swapped, and with it may have gone votes and entries that the others count "
+        "on. Give it its own directory back; a lost disk cannot rejoin under the same name"
+    )
