@@ -256,10 +256,14 @@ class Replication(State):
                 progress.free_to(index)
             elif state is _PROBE or index >= log.start_index:
                 progress.become_replicate()
-            if progress.next <= log.last_index:
-                self._is_send_due = True
             if index > self.commit_index and progress.is_voter:
                 self._maybe_commit()
+                if self.role is not _LEADER:
+                    return  # that was the end of its own removal
+            if progress.next <= log.last_index:
+                self._is_send_due = True
+            elif progress.commit_sent < self.commit_index and not self._notice_at:
+                self._arm_notice()
             if self._transfer_target == sender and progress.match == log.last_index:
                 self._send_timeout_now(progress)
         elif state is _PROBE and index == progress.match:
@@ -335,16 +339,20 @@ class Replication(State):
             self._uncommitted_bytes -= self.log.size_bytes(self.commit_index, index)
             self.commit_index = index
             if not self._notice_at and self._peers:
-                self._notice_at = self.now + self.config.commit_notice_ticks
-                self._notice_index = index
-                if not self.config.commit_notice_ticks:
-                    self._send_notices()
+                self._arm_notice()
             log = self.log
             if log.configuration_index <= index and not is_voter(log.configuration, self.node_id):
                 # It has led its own removal to the end (Thesis §4.2.2).
                 self._become_follower(self.term, "")
         else:
             self.commit_index = index
+
+    def _arm_notice(self) -> None:
+        """Make sure that everybody hears of the present commit index before long."""
+        self._notice_index = self.commit_index
+        self._notice_at = self.now + self.config.commit_notice_ticks
+        if not self.config.commit_notice_ticks:
+            self._send_notices()
 
     def _send_notices(self) -> None:
         """Tell the commit index to those whom no AppendEntries has told it in the meantime."""
@@ -353,11 +361,9 @@ class Replication(State):
             if progress.commit_sent < min(notice_index, progress.match):
                 progress.is_heartbeat_due = True
                 self._is_send_due = True
-        if notice_index < self.commit_index and self.config.commit_notice_ticks:
-            self._notice_index = self.commit_index
-            self._notice_at = self.now + self.config.commit_notice_ticks
-        else:
-            self._notice_at = 0
+        self._notice_at = 0
+        if notice_index < self.commit_index:
+            self._arm_notice()
 
     def _send_timeout_now(self, target: Progress) -> None:
         self._lease.is_void = True

@@ -16,7 +16,7 @@ from coordlib.errors import invariant
 from coordlib.raft.config import RaftConfig
 from coordlib.raft.log import ConfigurationDecoder, RaftLog
 from coordlib.raft.messages import Configuration, Entry, HardState, RaftMessage, RequestVote, SnapshotMeta
-from coordlib.raft.progress import Progress
+from coordlib.raft.progress import Progress, ProgressState
 from coordlib.raft.quorum import is_voter, members, value_reached
 from coordlib.raft.reads import Lease, ReadQueue
 
@@ -255,6 +255,7 @@ class State:
         if own is None:
             own = Progress(self.node_id, self.log.last_index + 1, self.now, False)
         self._own = own
+        own.state = ProgressState.REPLICATE
         own.match = self.log.stable_index
         own.next = self.log.last_index + 1
         self._peers = [progress for progress in self._progress.values() if progress is not own]
@@ -281,6 +282,7 @@ class State:
                 progress.check_invariants(log.last_index)
         else:
             invariant(not self._progress and not self._peers, "progress without office")
+            invariant(not self._is_send_due and not self._notice_at, "something to send without office")
             invariant(not self._transfer_target, "transfer without office")
             invariant(not self._reads.waiting and not self._reads.rounds, "reads without office")
         if self.role in (Role.CANDIDATE, Role.PRE_CANDIDATE):

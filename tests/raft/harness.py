@@ -111,7 +111,7 @@ class Disk:
 
 
 class Member:
-    """One node with its disk, the Readies on their way to it, and a machine that remembers what it applied."""
+    """One node with its disk, the Readies on their way to it, and a machine that remembers."""
 
     def __init__(self, node_id: str, configuration: Configuration, **settings: Any) -> None:
         self.node_id = node_id

@@ -78,6 +78,7 @@ class Simulation:
         self.votes: dict[tuple[str, int], str] = {}
         self.known: dict[tuple[int, int], tuple[Entry, int]] = {}
         self.committed: dict[int, Entry] = {}
+        self.committed_in: dict[int, int] = {}  # index -> a term by which it was committed
         self.committed_index = 0
         self.reads: dict[object, int] = {}
         self.marks: dict[str, int] = {}
@@ -277,6 +278,7 @@ class Simulation:
             # State Machine Safety.
             known_entry = self.committed.setdefault(entry.index, entry)
             assert known_entry == entry, f"{member.node_id} applies another entry at {entry.index}"
+            self.committed_in.setdefault(entry.index, core.term)
             self.committed_index = max(self.committed_index, entry.index)
         if ready.snapshot is not None:
             self.mark("restores")
@@ -291,9 +293,10 @@ class Simulation:
         known = self.leaders.setdefault(core.term, name)
         assert known == name, f"two leaders in term {core.term}: {known}, {name}"
         log = core.log
-        # Leader Completeness.
+        # Leader Completeness. (A deposed leader may not know what its successors commit.)
         for index in range(log.start_index + 1, self.committed_index + 1):
-            assert log.term_at(index) == self.committed[index].term, f"leader {name} lacks committed {index}"
+            if self.committed_in[index] < core.term:
+                assert log.term_at(index) == self.committed[index].term, f"leader {name} lacks {index}"
         # What is committed is on the disks of a quorum, and what is said to match is on the follower's.
         for follower, progress in core.progress.items():
             held = self.members[follower].disk
@@ -301,9 +304,8 @@ class Simulation:
             if progress.match > held.snapshot.index and term != -1:
                 assert held.holds(progress.match, term), f"{follower} lacks {progress.match}"
         commit = core.commit_index
-        if log.term_at(commit) == core.term:
-            configuration = log.configuration_at(commit) if commit >= log.snapshot.index else None
-            for names in (configuration.voters, configuration.outgoing) if configuration else ():
+        if log.term_at(commit) == core.term and log.configuration_index <= commit:
+            for names in (core.configuration.voters, core.configuration.outgoing):
                 disks = [self.members[item].disk for item in names]
                 count = sum(disk.holds(commit, core.term) for disk in disks)
                 assert not names or count > len(names) // 2, f"{commit} is committed on {count} disks"
