@@ -61,6 +61,8 @@ class Monitor:
         # close() of that socket would then wait for it forever.
         pair.setsockopt(zmq.RCVHWM, 0)
         pair.connect(address)
+        # The descriptor is signalled only for a reader that was told "nothing yet" once.
+        pair.getsockopt(zmq.EVENTS)
         self._pair = pair
         self.fileno: int = pair.getsockopt(zmq.FD)  # type: ignore[assignment]
 

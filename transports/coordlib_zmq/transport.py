@@ -7,7 +7,7 @@ empty is *dirty*, and no wait begins before each dirty socket has been looked at
 
     poll:  wait (not at all while a socket is dirty)
            -> keys to admit, reports of connections      [zap, monitor]
-           -> frames of dirty sockets                    [at most FRAMES_MAX, BYTES_MAX a call]
+           -> frames                                     [at most FRAMES_MAX, BYTES_MAX a call]
            -> connections to dial again, wires to look at
 
 A connection's life. One DEALER socket carries at most one connection: when that is lost or its
@@ -333,7 +333,7 @@ class ZmqTransport:
         """
         if self._pid != os.getpid() or self._is_forked:
             raise ForkedError("this transport belongs to the parent process; open a new one")
-        if self._context is None:
+        if self._context is None or self._is_closed:
             self._open()
         events: list[TransportEvent] = []
         dirty = self._dirty
@@ -347,28 +347,29 @@ class ZmqTransport:
         now = monotonic()
         deadline = now + min(timeout_seconds, _WAIT_SECONDS_MAX)
         while True:
-            wait_seconds = 0.0 if dirty else max(0.0, min(deadline, self._due) - now)
+            if dirty:
+                self._drain_dirty(events)
+            # Whatever was found, the other sockets get their turn before the caller does.
+            wait_seconds = 0.0 if events or dirty else max(0.0, min(deadline, self._due) - now)
             is_woken = False
-            reporting = None
+            arrived = None
             for fd, _ in wait_for(wait_seconds):
                 source = data.get(fd)
                 if source is not None:
-                    dirty[source] = None
+                    arrived = [source] if arrived is None else [*arrived, source]
                 elif fd == waker_fd:
                     waker.clear()
                     is_woken = True
-                elif reporting is None:
-                    reporting = [fd]
                 else:
-                    reporting.append(fd)
-            if reporting is not None:
-                for fd in reporting:
-                    # A report may close the socket that the next one is about.
+                    # A report may have closed the socket that this one is about.
                     handler = self._reports.get(fd)
                     if handler is not None:
                         handler(events)
-            if dirty:
-                self._drain(events)
+            if arrived is not None:
+                for source in arrived:
+                    if data.get(source.fileno) is source:
+                        dirty[source] = None
+                        self._drain(source, events)
             now = monotonic()
             if now >= self._due:
                 self._housekeep(now, events)
@@ -587,26 +588,27 @@ class ZmqTransport:
 
     # -- frames ------------------------------------------------------------------------------------
 
-    def _drain(self, events: list[TransportEvent]) -> None:
+    def _drain_dirty(self, events: list[TransportEvent]) -> None:
         """Take frames from dirty sockets, each in turn, until they are empty or this poll has its fill."""
         dirty = self._dirty
         if len(dirty) == 1:
             (source,) = dirty
             if zmq.zmq_poll(source.item, 0):
-                self._drain_source(source, events)
+                self._drain(source, events)
             else:
                 del dirty[source]
             return
         readable = {socket for socket, _ in zmq.zmq_poll([source.item[0] for source in dirty], 0)}
         for source in list(dirty):
+            if source not in dirty:  # closed by a report meanwhile
+                continue
             # Last in the queue now, so that a busy socket does not starve the others.
             del dirty[source]
             if source.socket in readable:
                 dirty[source] = None
-                if self._frames_left > 0 and self._bytes_left > 0:
-                    self._drain_source(source, events)
+                self._drain(source, events)
 
-    def _drain_source(self, source: _Source, events: list[TransportEvent]) -> None:
+    def _drain(self, source: _Source, events: list[TransportEvent]) -> None:
         if isinstance(source, _Connection):
             self._drain_connection(source, events)
         else:
@@ -628,7 +630,7 @@ class ZmqTransport:
             try:
                 route = recv(_NOBLOCK)
             except zmq.Again:
-                del self._dirty[router]
+                self._dirty.pop(router, None)
                 break
             part = recv(_NOBLOCK, False)
             frame = part.bytes
@@ -668,7 +670,7 @@ class ZmqTransport:
             try:
                 part = recv(_NOBLOCK, False)
             except zmq.Again:
-                del self._dirty[connection]
+                self._dirty.pop(connection, None)
                 return
             frame = part.bytes
             size = len(frame)
