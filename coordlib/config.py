@@ -59,7 +59,9 @@ def milliseconds(seconds: object, setting: str, *, low: int = 1, high: int = 86_
         raise ConfigError(f"{setting} is a number of seconds; got {seconds!r}")
     value = round(seconds * 1000) if seconds == seconds and abs(seconds) < 1e9 else -1
     if not low <= value <= high:
-        raise ConfigError(f"{setting} must be between {low / 1000:g} and {high / 1000:g} seconds; got {seconds!r}")
+        raise ConfigError(
+            f"{setting} must be between {low / 1000:g} and {high / 1000:g} seconds; got {seconds!r}"
+        )
     return value
 
 
@@ -119,8 +121,14 @@ class Timing:
         try:
             low, high = election_timeout
         except (TypeError, ValueError):
-            raise ConfigError(f"election_timeout is a pair (lowest, highest) in seconds; got {election_timeout!r}") from None
-        if isinstance(drift_bound, bool) or not isinstance(drift_bound, int | float) or not 0 <= drift_bound <= 0.2:
+            raise ConfigError(
+                f"election_timeout is a pair (lowest, highest) in seconds; got {election_timeout!r}"
+            ) from None
+        if (
+            isinstance(drift_bound, bool)
+            or not isinstance(drift_bound, int | float)
+            or not 0 <= drift_bound <= 0.2
+        ):
             raise ConfigError(f"drift_bound must be between 0 and 0.2; got {drift_bound!r}")
         return cls(
             heartbeat_ms=milliseconds(heartbeat, "heartbeat"),
@@ -153,16 +161,22 @@ class MemberSettings:
         check_name(self.cluster, "cluster")
         check_name(self.node, "node")
         if not isinstance(self.members, Mapping) or not self.members:
-            raise ConfigError("members is a mapping of every member's name to its endpoint, this node included")
+            raise ConfigError(
+                "members is a mapping of every member's name to its endpoint, this node included"
+            )
         if len(self.members) > MEMBERS_MAX:
-            raise ConfigError(f"{len(self.members)} members: a cluster has at most {MEMBERS_MAX}; attach the others with connect()")
+            raise ConfigError(
+                f"{len(self.members)} members: a cluster has at most {MEMBERS_MAX}; attach the others with connect()"
+            )
         by_endpoint: dict[str, str] = {}
         for name, endpoint in self.members.items():
             check_name(name, "a member's name")
             check_endpoint(endpoint, f"the endpoint of member {name!r}")
             other = by_endpoint.setdefault(endpoint, name)
             if other != name:
-                raise ConfigError(f"members {other!r} and {name!r} have the same endpoint {endpoint}: each needs its own")
+                raise ConfigError(
+                    f"members {other!r} and {name!r} have the same endpoint {endpoint}: each needs its own"
+                )
         if self.node not in self.members:
             raise ConfigError(
                 f"node {self.node!r} is not among the members ({', '.join(sorted(self.members))}): add it, or attach "
@@ -279,7 +293,9 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         values["name"] = values.pop("cluster")
     unknown = sorted(set(values) - _KNOWN)
     if unknown:
-        raise ConfigError(f"{os.fspath(path)}: unknown key {unknown[0]!r}; known are {', '.join(sorted(_KNOWN))}")
+        raise ConfigError(
+            f"{os.fspath(path)}: unknown key {unknown[0]!r}; known are {', '.join(sorted(_KNOWN))}"
+        )
     missing = sorted({"name", "node", "members"} - set(values))
     if missing:
         raise ConfigError(f"{os.fspath(path)}: key {missing[0].replace('name', 'cluster')!r} is missing")

@@ -276,7 +276,9 @@ class Cluster(_Handle):
         """
         return Lock(self, name, timeout, on_lost, on_suspended)
 
-    def locked(self, name: LockName, *, timeout: float | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    def locked(
+        self, name: LockName, *, timeout: float | None = None
+    ) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """
         Decorate a function, `def` or `async def`, to run only while holding a lock.
 
@@ -359,7 +361,9 @@ class AsyncCluster(_Handle):
         """A handle on the lock `name`, for `async with`. See `Cluster.lock`; callbacks come on another thread."""
         return AsyncLock(self, name, timeout, on_lost, on_suspended)
 
-    def locked(self, name: LockName, *, timeout: float | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    def locked(
+        self, name: LockName, *, timeout: float | None = None
+    ) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """
         Decorate an `async def` to run only while holding a lock.
 
@@ -370,7 +374,9 @@ class AsyncCluster(_Handle):
         def decorate(function: Callable[P, T]) -> Callable[P, T]:
             _check_decorable(function)
             if not inspect.iscoroutinefunction(function):
-                raise FlavourError(f"{function.__name__} is no `async def`: use a Cluster to decorate plain functions")
+                raise FlavourError(
+                    f"{function.__name__} is no `async def`: use a Cluster to decorate plain functions"
+                )
             return cast(Callable[P, T], _locked_coroutine(self, function, name, timeout))
 
         return decorate
@@ -469,7 +475,9 @@ def connect(
         endpoints: Of some members ("tcp://10.0.0.1:7400,tcp://10.0.0.2:7400"); the others are learnt.
         name: What `coordlib status` and lock owners show; by default made from the process id.
     """
-    made = _client_driver(endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name)
+    made = _client_driver(
+        endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name
+    )
     return Cluster._of(*made)
 
 
@@ -485,7 +493,9 @@ def connect_async(
     name: str = "",
 ) -> AsyncCluster:
     """`connect`, for asyncio."""
-    made = _client_driver(endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name)
+    made = _client_driver(
+        endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name
+    )
     return AsyncCluster._of(*made)
 
 
@@ -510,4 +520,3 @@ def local() -> Cluster:
     The same code as a real member, on a memory store and a memory transport.
     """
     return Cluster._of(*_local_driver())
-

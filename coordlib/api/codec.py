@@ -17,7 +17,7 @@ import cbor2
 from coordlib import cbor
 from coordlib.errors import UsageError
 
-__all__ = ["CANONICAL", "Codec", "encode_key", "decode_key", "encode_name"]
+__all__ = ["CANONICAL", "Codec", "decode_key", "encode_key", "encode_name"]
 
 DEPTH_MAX: Final = 12
 KEY_SIZE_BYTES_MAX: Final = 4096
@@ -74,7 +74,9 @@ def _encode(value: Any) -> bytes:
         except (UnicodeError, ValueError) as exc:
             raise UsageError(f"the value cannot be encoded: {exc}") from exc
     if len(data) > VALUE_SIZE_BYTES_MAX:
-        raise UsageError(f"the value has {len(data)} bytes, at most {VALUE_SIZE_BYTES_MAX} are stored under one key")
+        raise UsageError(
+            f"the value has {len(data)} bytes, at most {VALUE_SIZE_BYTES_MAX} are stored under one key"
+        )
     return data
 
 
@@ -114,5 +116,7 @@ def encode_name(name: Any, what: str) -> bytes:
     except UnicodeError as exc:
         raise UsageError(f"the name of a {what} cannot be encoded: {exc}") from exc
     if len(data) > NAME_SIZE_BYTES_MAX:
-        raise UsageError(f"the name of a {what} has {len(data)} bytes, at most {NAME_SIZE_BYTES_MAX} are allowed")
+        raise UsageError(
+            f"the name of a {what} has {len(data)} bytes, at most {NAME_SIZE_BYTES_MAX} are allowed"
+        )
     return data

@@ -91,7 +91,9 @@ def check_usable(engine: Engine | None, is_closed: bool) -> Engine:
 
 def _given_up(step: Step, call: Call) -> CoordError:
     if step.kind == RequestKind.COMMAND and call.attempts:
-        return CommitTimeout("the node did not answer in time: the request may have taken effect", request_id=call.request_id)
+        return CommitTimeout(
+            "the node did not answer in time: the request may have taken effect", request_id=call.request_id
+        )
     return NoQuorum("the node did not answer in time; nothing was changed")
 
 
@@ -166,4 +168,3 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
 def _give_up(call: AsyncCall) -> None:
     if not call.future.done():
         call.future.set_result(None)
-

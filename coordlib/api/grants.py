@@ -48,7 +48,9 @@ class Grants:
                 "lock %r (token %d): %s",
                 grant.name,
                 grant._token,
-                "lost" if state is SessionState.LOST else "contact to the cluster is lost, the lock may be soon",
+                "lost"
+                if state is SessionState.LOST
+                else "contact to the cluster is lost, the lock may be soon",
                 extra={"event": f"lock.{state.name.lower()}", "lock": grant.name},
             )
             if callback is not None:
@@ -57,7 +59,9 @@ class Grants:
     def _notify(self, grant: Grant, state: SessionState) -> None:
         if self._queue is None:
             self._queue = queue.SimpleQueue()
-            threading.Thread(target=self._call_back, args=(self._queue,), name="coordlib-callbacks", daemon=True).start()
+            threading.Thread(
+                target=self._call_back, args=(self._queue,), name="coordlib-callbacks", daemon=True
+            ).start()
         self._queue.put((grant, state))
 
     @staticmethod
@@ -73,7 +77,9 @@ class Grants:
                     callback(grant)
             except Exception:
                 # A user's callback must not end the thread that others' callbacks wait for.
-                log.exception("lock %r: the callback failed", grant.name, extra={"event": "lock.callback-failed"})
+                log.exception(
+                    "lock %r: the callback failed", grant.name, extra={"event": "lock.callback-failed"}
+                )
 
     def close(self) -> None:
         if self._queue is not None:

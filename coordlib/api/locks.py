@@ -69,7 +69,18 @@ class Grant:
     .. versionadded:: 0.1
     """
 
-    __slots__ = ("__weakref__", "_is_known_lost", "_is_released", "_lock_name", "_on_lost", "_on_suspended", "_sequence", "_token", "_view", "name")
+    __slots__ = (
+        "__weakref__",
+        "_is_known_lost",
+        "_is_released",
+        "_lock_name",
+        "_on_lost",
+        "_on_suspended",
+        "_sequence",
+        "_token",
+        "_view",
+        "name",
+    )
 
     def __init__(
         self,
@@ -175,7 +186,10 @@ class _LockBase:
         start = monotonic_ms()
         deadline = FOREVER_MS if wait_ms is None else start + wait_ms
         # A lock that is wanted at once still takes a round trip to ask for.
-        command_deadline = max(min(deadline, start + self._request_timeout_ms), start + min(WITHDRAW_MS, self._request_timeout_ms))
+        command_deadline = max(
+            min(deadline, start + self._request_timeout_ms),
+            start + min(WITHDRAW_MS, self._request_timeout_ms),
+        )
         ask = Step(RequestKind.COMMAND, commands.acquire(self._lock_name, wait_ms != 0), command_deadline)
         try:
             reply = yield ask
@@ -209,7 +223,8 @@ class _LockBase:
         except NoQuorum:
             yield from self._withdraw_gen(ask, view, sequence)
             raise LockTimeout(
-                f"lock {self.name!r} was not granted within {timeout:g} s; the request was withdrawn", lock=self.name
+                f"lock {self.name!r} was not granted within {timeout:g} s; the request was withdrawn",
+                lock=self.name,
             ) from None
         except SessionExpired:
             raise
@@ -222,7 +237,9 @@ class _LockBase:
         return int(token)
 
     def _withdraw_gen(self, ask: Step, view: SessionView, sequence: int) -> OpGen[None]:
-        step = Step(RequestKind.COMMAND, self._release_body(sequence), monotonic_ms() + WITHDRAW_MS, view=view)
+        step = Step(
+            RequestKind.COMMAND, self._release_body(sequence), monotonic_ms() + WITHDRAW_MS, view=view
+        )
         try:
             yield step
         except SessionExpired:
@@ -255,7 +272,13 @@ class _LockBase:
             if grant._view.state >= SessionState.LOST:
                 return False
             # It goes on in the background, until it is done or the session ends: both free the lock.
-            yield Step(RequestKind.COMMAND, self._release_body(grant._sequence), FOREVER_MS, view=grant._view, is_detached=True)
+            yield Step(
+                RequestKind.COMMAND,
+                self._release_body(grant._sequence),
+                FOREVER_MS,
+                view=grant._view,
+                is_detached=True,
+            )
             log.warning(
                 "lock %r: the release could not be confirmed yet, it goes on in the background",
                 self.name,
@@ -263,7 +286,13 @@ class _LockBase:
             )
             return True
         except BaseException:
-            yield Step(RequestKind.COMMAND, self._release_body(grant._sequence), FOREVER_MS, view=grant._view, is_detached=True)
+            yield Step(
+                RequestKind.COMMAND,
+                self._release_body(grant._sequence),
+                FOREVER_MS,
+                view=grant._view,
+                is_detached=True,
+            )
             raise
         (was,) = commands.decode_reply(reply)
         return bool(was == AcquisitionState.HELD)
@@ -345,7 +374,9 @@ class Lock(_LockBase):
             if error is None:
                 raise
             # What the body raised is on its way and must not be hidden.
-            log.warning("lock %r: %s", self.name, failure, extra={"event": "lock.release-failed", "lock": self.name})
+            log.warning(
+                "lock %r: %s", self.name, failure, extra={"event": "lock.release-failed", "lock": self.name}
+            )
 
     def info(self) -> LockInfo:
         """Who holds it and how many wait."""
@@ -389,7 +420,9 @@ class AsyncLock(_LockBase):
         except CoordError as failure:
             if error is None:
                 raise
-            log.warning("lock %r: %s", self.name, failure, extra={"event": "lock.release-failed", "lock": self.name})
+            log.warning(
+                "lock %r: %s", self.name, failure, extra={"event": "lock.release-failed", "lock": self.name}
+            )
 
     async def info(self) -> LockInfo:
         """Who holds it and how many wait."""
@@ -398,4 +431,3 @@ class AsyncLock(_LockBase):
     async def locked(self) -> bool:
         """Whether anybody holds it."""
         return (await self.info()).token != 0
-

@@ -73,7 +73,9 @@ class _MapBase:
         return self._codec.decode(found)
 
     def _get_versioned_gen(self, key: Any) -> OpGen[VersionedValue | None]:
-        found, create, mod, version = yield from self._query(commands.query_get_meta(self._name, encode_key(key)))
+        found, create, mod, version = yield from self._query(
+            commands.query_get_meta(self._name, encode_key(key))
+        )
         if found is None:
             return None
         return VersionedValue(self._codec.decode(found), Revision(create), Revision(mod), version)
@@ -101,7 +103,10 @@ class _MapBase:
                         last = len(flat) - 1
                     else:
                         decode = self._codec.decode
-                        found.extend((decode_key(key), decode(value)) for key, value in zip(flat[::2], flat[1::2], strict=True))
+                        found.extend(
+                            (decode_key(key), decode(value))
+                            for key, value in zip(flat[::2], flat[1::2], strict=True)
+                        )
                         last = len(flat) - 2
                     if not is_more:
                         return found
@@ -123,7 +128,9 @@ class _MapBase:
         return Revision(revision)
 
     def _delete_gen(self, key: Any, guard: Guard | None) -> OpGen[bool]:
-        (was_there,) = yield from self._execute(commands.map_delete(self._name, encode_key(key), guard_of(guard)))
+        (was_there,) = yield from self._execute(
+            commands.map_delete(self._name, encode_key(key), guard_of(guard))
+        )
         return bool(was_there)
 
     def _delitem_gen(self, key: Any) -> OpGen[None]:

@@ -81,7 +81,12 @@ class ClientKernel:
                 if message.term >= self._term and message.leader:
                     if (message.term, message.leader) != (self._term, self._leader):
                         self.counters["leader_changes"] += 1
-                        self._say(logging.INFO, "leader.changed", f"{message.leader!r} leads term {message.term}", term=message.term)
+                        self._say(
+                            logging.INFO,
+                            "leader.changed",
+                            f"{message.leader!r} leads term {message.term}",
+                            term=message.term,
+                        )
                     self._term, self._leader = message.term, message.leader
                     if self.session.leader != message.leader:
                         self._follow(message.leader, now)
@@ -90,7 +95,9 @@ class ClientKernel:
                 if answer is not None:
                     answer(name, cbor.decode(message.body))
             elif isinstance(message, Refusal):
-                self._say(logging.ERROR, "refused", f"member {name!r} refused us: {message.message}", peer=name)
+                self._say(
+                    logging.ERROR, "refused", f"member {name!r} refused us: {message.message}", peer=name
+                )
 
     def ask_status(self, name: str, answer: Callable[[str, dict[str, Any]], None]) -> None:
         """Ask one connected member how it is; `answer` is called in the node thread."""

@@ -147,7 +147,9 @@ class Driver:
         self._questions.append(run)
         self._wake()
         if not done.wait(timeout_seconds) or not answer:
-            raise StartError("the node does not answer: it has stopped, or its disk or its process is stalled")
+            raise StartError(
+                "the node does not answer: it has stopped, or its disk or its process is stalled"
+            )
         return answer[0]
 
     def _wake(self) -> None:
@@ -253,7 +255,9 @@ class Driver:
             if self._is_stopping:
                 if stopping_since is None:
                     stopping_since = now
-                    kernel.begin_close(now, self._stop_deadline_ms if self._stop_deadline_ms is not None else now)
+                    kernel.begin_close(
+                        now, self._stop_deadline_ms if self._stop_deadline_ms is not None else now
+                    )
                     self._carry_out(kernel, now)
                 if kernel.has_left(now):
                     self._carry_out(kernel, now)
@@ -292,7 +296,11 @@ class Driver:
                 "%s: %s",
                 self._name,
                 event.message,
-                extra={"event": event.name, "node": self._name, **{f"coordlib_{k}": v for k, v in event.fields.items()}},
+                extra={
+                    "event": event.name,
+                    "node": self._name,
+                    **{f"coordlib_{k}": v for k, v in event.fields.items()},
+                },
             )
 
     # -- fork ----------------------------------------------------------------------------------------------
@@ -331,7 +339,11 @@ class MemberDriver(Driver):
     """Runs one member."""
 
     def __init__(
-        self, settings: MemberSettings, storage_factory: Callable[[], LogStorage], *, also_bind: str | None = None
+        self,
+        settings: MemberSettings,
+        storage_factory: Callable[[], LogStorage],
+        *,
+        also_bind: str | None = None,
     ) -> None:
         super().__init__(settings.node, start_timeout_ms=settings.timing.start_timeout_ms)
         self._settings = settings
@@ -349,7 +361,9 @@ class MemberDriver(Driver):
         self._storage = storage
         recovered = storage.open()
         for note in recovered.notes:
-            log.warning("%s: %s", settings.node, note, extra={"event": "storage.recovered", "node": settings.node})
+            log.warning(
+                "%s: %s", settings.node, note, extra={"event": "storage.recovered", "node": settings.node}
+            )
         disk = DiskAgent(storage)
         self._disk = disk
         now = monotonic_ms()
@@ -419,15 +433,18 @@ class MemberDriver(Driver):
             if name in links.problems:
                 reasons.append(links.problems[name])
             elif not links.is_connected(name):
-                reasons.append(f"member {name!r} at {settings.members[name]} does not answer: is it running, and can it be reached?")
+                reasons.append(
+                    f"member {name!r} at {settings.members[name]} does not answer: is it running, and can it be reached?"
+                )
         if kernel.is_formed:
             reasons.extend(peer.problem for peer in kernel.peers.known.values() if peer.problem)
-            head = f"no quorum within {seconds:g} s: a leader needs {len(settings.members) // 2 + 1} of {len(settings.members)} members"
+            count = len(settings.members)
+            head = f"no quorum within {seconds:g} s: a leader needs {count // 2 + 1} of {count} members"
         else:
             reasons.extend(peer.problem for peer in kernel.peers.known.values() if peer.problem)
             head = (
-                f"no cluster within {seconds:g} s: a new one forms when all {len(settings.members)} members run at once for the "
-                "first time (or a quorum of them, one with bootstrap=True)"
+                f"no cluster within {seconds:g} s: a new one forms when all {len(settings.members)} members run at "
+                "once for the first time (or a quorum of them, one with bootstrap=True)"
             )
         return head + "".join(f"\n  - {reason}" for reason in reasons)
 
@@ -459,7 +476,9 @@ class ClientDriver(Driver):
     def _open(self) -> None:
         settings = self._settings
         now = monotonic_ms()
-        kernel = ClientKernel(name=self._client_name, timing=settings.timing, random_bytes=os.urandom, now=now)
+        kernel = ClientKernel(
+            name=self._client_name, timing=settings.timing, random_bytes=os.urandom, now=now
+        )
         transport = self._make_transport(_transport_settings(self._keys))
         self._transport = transport
         identity = ChannelIdentity(
@@ -531,4 +550,3 @@ class ClientDriver(Driver):
     def after_fork_in_child(self) -> None:
         super().after_fork_in_child()
         self._keys.wipe()
-

@@ -60,7 +60,9 @@ class CompactLog(NamedTuple):
     up_to: int
 
 
-DiskEffect: TypeAlias = BeginSnapshot | WriteSnapshot | FinishSnapshot | AbortSnapshot | SendChunk | CompactLog
+DiskEffect: TypeAlias = (
+    BeginSnapshot | WriteSnapshot | FinishSnapshot | AbortSnapshot | SendChunk | CompactLog
+)
 
 
 class LogEvent(NamedTuple):

@@ -41,6 +41,7 @@ from coordlib.raft.messages import (
 from coordlib.storage.base import DiskIdentity, Persist, RecoveredGroup
 from coordlib.wire.messages import (
     Announce,
+    Form,
     LeaderInfo,
     MemberStatus,
     Refusal,
@@ -121,7 +122,7 @@ class MemberKernel:
             "applied_rounds": 0,
             "leader_changes": 0,
             "untrusted_messages": 0,
-                    }
+        }
         if identity.cluster_uuid:
             self._start_raft(recovered, snapshot, now)
         else:
@@ -160,7 +161,8 @@ class MemberKernel:
             Limits(),
             initial_members=tuple(
                 # No endpoints: members may reach each other under different ones, and the state must be the same.
-                (name, "", disk_id) for name, disk_id in self.peers.identity.disks
+                (name, "", disk_id)
+                for name, disk_id in self.peers.identity.disks
             ),
         )
         if snapshot.index:
@@ -202,8 +204,8 @@ class MemberKernel:
     def identity_stored(self, now: int) -> None:
         """The identity asked for by an effect is on the disk: from here on this node belongs to a cluster."""
         self._start_raft(None, (), now)
-        for name, refusal in self.peers.formed():
-            self._send(name, refusal)
+        for name, message in self.peers.formed():
+            self._send(name, message)
         for name, peer in self.peers.known.items():
             if peer.is_up:
                 self._announce(name)
@@ -212,8 +214,12 @@ class MemberKernel:
 
     def peer_up(self, name: str, now: int) -> None:
         """Our control connection to a member is established (again)."""
-        self.peers.known[name].is_up = True
+        peer = self.peers.known[name]
+        peer.is_up = True
         self._announce(name)
+        if peer.announce is not None:
+            # What we had to answer could not be sent while there was no connection.
+            self._on_announce(name, peer.announce, now)
         if self.raft is not None:
             self.raft.report_reachable(name)
             if name == self.session.leader:
@@ -265,14 +271,19 @@ class MemberKernel:
 
     def _on_announce(self, name: str, message: Announce, now: int) -> None:
         result = self.peers.heard(name, message)
-        if isinstance(result, Refusal):
-            self._send(name, result)
-        elif isinstance(result, DiskIdentity):
+        if isinstance(result, DiskIdentity):
             self._pending_identity = result
+        elif result is not None:
+            self._send(name, result)
         if self.raft is not None and self.peers.known[name].is_trusted:
             if message.remembered_index:
                 self.raft.bar_until(message.remembered_term, message.remembered_index)
             self.raft.report_reachable(name)
+
+    def _on_form(self, name: str, message: Form, now: int) -> None:
+        identity = self.peers.heard_form(name, message)
+        if identity is not None:
+            self._pending_identity = identity
 
     def _on_refusal(self, name: str, message: Refusal, now: int) -> None:
         raise StartError(f"member {name!r} refused this node: {message.message}")
@@ -326,7 +337,9 @@ class MemberKernel:
                 if self.service is not None:
                     self.service.handle(route, message.requests, now)
                 else:
-                    self._send_client(route, Replies(tuple(Reply(r.request_id, 1, b"") for r in message.requests)))
+                    self._send_client(
+                        route, Replies(tuple(Reply(r.request_id, 1, b"") for r in message.requests))
+                    )
             elif isinstance(message, StatusQuery):
                 self._send_client(route, StatusReply(message.request_id, cbor.encode(self.status(now))))
             else:
@@ -364,16 +377,19 @@ class MemberKernel:
             return True
         call = self._close_call
         if call is not None:
-            if call.reply is None and call.error is None:
+            if call.reply is None and call.error is None and self._can_reach_quorum():
                 return False
             self._close_call = None
             self.session.closed()
         raft = self.raft
         if raft is None or not raft.is_leader or len(raft.configuration.voters) == 1:
             return True
-        if not raft.is_transferring and not raft.transfer_leadership(None):
-            return True
-        return False
+        # Either a successor is being appointed, or there is none to be had.
+        return not raft.is_transferring and not raft.transfer_leadership(None)
+
+    def _can_reach_quorum(self) -> bool:
+        reachable = 1 + sum(peer.is_up for peer in self.peers.known.values())
+        return reachable >= len(self._members) // 2 + 1
 
     def fail(self, error: CoordError) -> Effects | None:
         """The node stops for good: everything that waits ends. Only these last effects are to be carried out."""
@@ -594,7 +610,13 @@ class MemberKernel:
             if raft.leader:
                 self.counters["leader_changes"] += 1
                 if not raft.is_leader:
-                    self._say(logging.INFO, "leader.changed", f"{raft.leader!r} leads term {raft.term}", term=raft.term, leader=raft.leader)
+                    self._say(
+                        logging.INFO,
+                        "leader.changed",
+                        f"{raft.leader!r} leads term {raft.term}",
+                        term=raft.term,
+                        leader=raft.leader,
+                    )
             self.session.leader_changed(raft.leader, now)
             info = self._leader_info()
             for route in self._clients:
@@ -675,7 +697,9 @@ class MemberKernel:
             "is_formed": raft is not None,
             "cluster_uuid": self.peers.identity.cluster_uuid.hex(),
             "disk_id": self.peers.identity.disk_id.hex(),
-            "problems": self.peers.missing() if raft is None else [p.problem for p in self.peers.known.values() if p.problem],
+            "problems": self.peers.missing()
+            if raft is None
+            else [p.problem for p in self.peers.known.values() if p.problem],
             "clients": len(self._clients),
             "calls_pending": self.session.pending_count,
             "session": self.session.view.session_id,
@@ -688,7 +712,9 @@ class MemberKernel:
             if name == raft.leader:
                 entry["role"] = "leader"
             if name == self.node_id:
-                entry.update(is_up=True, applied_index=self.machine.applied_index, role=raft.role.name.lower(), lag=0)
+                entry.update(
+                    is_up=True, applied_index=self.machine.applied_index, role=raft.role.name.lower(), lag=0
+                )
             else:
                 peer = self.peers.known[name]
                 entry.update(is_up=peer.is_up, is_trusted=peer.is_trusted)
@@ -709,7 +735,11 @@ class MemberKernel:
             snapshot_index=raft.log.snapshot.index,
             sessions=len(self.machine.sessions),
             members=members,
-            counters={**self.counters, **service.counters, **{f"raft_{k}": v for k, v in raft.counters.items()}},
+            counters={
+                **self.counters,
+                **service.counters,
+                **{f"raft_{k}": v for k, v in raft.counters.items()},
+            },
             session_counters=dict(self.session.counters),
         )
         return status
@@ -732,6 +762,7 @@ def _split(replies: list[Reply]) -> list[tuple[Reply, ...]]:
 
 _NODE_HANDLERS: dict[type, Callable[[MemberKernel, str, Any, int], None]] = {
     Announce: MemberKernel._on_announce,
+    Form: MemberKernel._on_form,
     Refusal: MemberKernel._on_refusal,
     Requests: MemberKernel._on_requests,
     Replies: MemberKernel._on_replies,

@@ -33,9 +33,9 @@ from coordlib.wire.channel import (
     HelloAccepted,
     Initiator,
     Opened,
+    RehelloWanted,
     Rejected,
     RejectFrame,
-    RehelloWanted,
     Responder,
 )
 from coordlib.wire.keys import ClusterKeys
@@ -51,13 +51,24 @@ _NEVER: Final = 1 << 62
 _HANDSHAKE_WORDS: Final = {
     "wrong-key": "it does not accept our keys, or we not its: is COORDLIB_SECRET the same on both?",
     "refused-key": "it refuses our key: COORDLIB_SECRET differs, or the old one was retired too early",
-    "no-handshake": "somebody listens there, but does not finish the handshake: is it a member of this cluster, with the same secret?",
+    "no-handshake": "somebody listens there, but does not finish the handshake: is it a member of this cluster, "
+    "with the same secret?",
     "protocol": "what answers there does not speak our protocol: check the address",
 }
 
 
 class _Connection:
-    __slots__ = ("endpoint", "established_ms", "hello_ms", "id", "initiator", "is_established", "is_up", "lane", "name")
+    __slots__ = (
+        "endpoint",
+        "established_ms",
+        "hello_ms",
+        "id",
+        "initiator",
+        "is_established",
+        "is_up",
+        "lane",
+        "name",
+    )
 
     def __init__(self, id: int, endpoint: str, lane: str, name: str, initiator: Initiator) -> None:
         self.id = id
@@ -122,7 +133,9 @@ class Links:
 
     # -- receiving -----------------------------------------------------------------------------------------
 
-    def receive(self, events: Sequence[TransportEvent], kernel: MemberKernel | ClientKernel, now: int) -> None:
+    def receive(
+        self, events: Sequence[TransportEvent], kernel: MemberKernel | ClientKernel, now: int
+    ) -> None:
         """
         Pass on what the transport brought.
 
@@ -151,7 +164,9 @@ class Links:
             elif type(event) is HandshakeFailed:
                 self._handshake_failed(event, now)
 
-    def _receive_on_route(self, route: bytes, frame: bytes, kernel: MemberKernel | ClientKernel, now: int) -> None:
+    def _receive_on_route(
+        self, route: bytes, frame: bytes, kernel: MemberKernel | ClientKernel, now: int
+    ) -> None:
         where = ""
         if self._is_anyone_quarantined and self._misbehaviour.is_quarantined(route.hex(), now):
             self._count("quarantined")
@@ -170,7 +185,9 @@ class Links:
                 self._fault(where, result.code, f"refused a peer: {result.message}", now)
                 return
         except ProtocolError as error:
-            if isinstance(error, AuthenticationError) and self._misbehaviour.record(route.hex(), error.code, now):
+            if isinstance(error, AuthenticationError) and self._misbehaviour.record(
+                route.hex(), error.code, now
+            ):
                 self._is_anyone_quarantined = True
                 self._transport.drop_route(route)
             self._fault(where, error.code, f"dropped a bad message: {error}", now)
@@ -178,8 +195,17 @@ class Links:
         assert isinstance(kernel, MemberKernel)
         if peer.is_member:
             if peer.node not in self._members or peer.node == self._identity.node:
-                what = "under this node's own name" if peer.node == self._identity.node else "that is not in our members list"
-                self._fault(where, "not-a-member", f"a member {peer.node!r} {what} talks to us: give every member its own name and the same list", now)
+                what = (
+                    "under this node's own name"
+                    if peer.node == self._identity.node
+                    else "that is not in our members list"
+                )
+                self._fault(
+                    where,
+                    "not-a-member",
+                    f"a member {peer.node!r} {what} talks to us: give every member its own name and the same list",
+                    now,
+                )
                 return
             if result.is_first:
                 kernel.peer_incarnation(peer.node, peer.incarnation)
@@ -256,12 +282,17 @@ class Links:
             if connection is None:
                 return
             words = _HANDSHAKE_WORDS.get(event.reason, event.reason)
-            who = f"member {connection.name!r} at {connection.endpoint}" if connection.name else f"the member at {connection.endpoint}"
+            who = (
+                f"member {connection.name!r} at {connection.endpoint}"
+                if connection.name
+                else f"the member at {connection.endpoint}"
+            )
             text = f"cannot talk to {who}: {words}"
             self.problems[connection.name or connection.endpoint] = text
             self._fault(connection.name or connection.endpoint, f"handshake-{event.reason}", text, now)
             return
-        text = f"refused a connection from {event.address or 'an unknown address'} ({event.reason}): a wrong secret, or not one of ours"
+        address = event.address or "an unknown address"
+        text = f"refused a connection from {address} ({event.reason}): a wrong secret, or not one of ours"
         self._fault("", f"refused-{event.reason}", text, now)
 
     def _fault(self, where: str, code: str, text: str, now: int) -> None:
@@ -304,7 +335,10 @@ class Links:
             if not connection.is_established:
                 if now - connection.hello_ms >= HELLO_AGAIN_MS:
                     self._hello(connection, now)
-            elif connection.initiator.needs_rekey((now - connection.established_ms) / 1000) and now - connection.hello_ms >= HELLO_AGAIN_MS:
+            elif (
+                connection.initiator.needs_rekey((now - connection.established_ms) / 1000)
+                and now - connection.hello_ms >= HELLO_AGAIN_MS
+            ):
                 self._hello(connection, now, is_rekey=True)
 
     # -- sending -------------------------------------------------------------------------------------------

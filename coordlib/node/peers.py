@@ -3,7 +3,7 @@
 Formation: a node with an empty disk asks every configured member. If one belongs to a cluster already
 and knows this node's disk (or has never seen one of it), the node joins that cluster. If *every* member
 answered and all are empty, the member with the lowest name makes a cluster id and writes it down together
-with every member's disk id; the others join it by the rule above. Nothing else forms a cluster, so a wiped
+with every member's disk id; the others join it by the rule above, on its word (FORM). Nothing else forms a cluster, so a wiped
 directory never does: a member that was formed names another disk for it. With `bootstrap=True` a quorum of
 empty members is enough, and the disks not seen yet are recorded through the log before they count.
 
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from coordlib import cbor
 from coordlib.errors import StartError
 from coordlib.node.effects import LogEvent
 from coordlib.storage.base import DiskIdentity
-from coordlib.wire.messages import Announce, MemberStatus, Refusal
+from coordlib.wire.messages import Announce, Form, MemberStatus, Refusal
 
 __all__ = ["Peer", "Peers"]
 
@@ -29,7 +29,16 @@ __all__ = ["Peer", "Peers"]
 class Peer:
     """What is known of one other member."""
 
-    __slots__ = ("announce", "incarnation", "is_trusted", "is_up", "problem", "remembered", "status", "status_ms")
+    __slots__ = (
+        "announce",
+        "incarnation",
+        "is_trusted",
+        "is_up",
+        "problem",
+        "remembered",
+        "status",
+        "status_ms",
+    )
 
     def __init__(self) -> None:
         self.is_up = False  # our connection to it is established
@@ -89,11 +98,11 @@ class Peers:
             remembered_index=remembered[1],
         )
 
-    def heard(self, name: str, announce: Announce) -> Refusal | DiskIdentity | None:
+    def heard(self, name: str, announce: Announce) -> Refusal | Form | DiskIdentity | None:
         """
         Take a peer's announcement.
 
-        Returns a Refusal to send to it, or the identity to write down (this node joins a cluster), or None.
+        Returns what to send to it, or the identity to write down (this node forms a cluster), or None.
 
         Raises:
             StartError: This node must stop: the peer shows that its disk or its settings are wrong.
@@ -111,10 +120,13 @@ class Peers:
             return None
         if not announce.cluster_uuid:
             if self.is_formed:
-                return self._judge_disk(name, announce)
+                return self._judge_disk(name, announce) or Form(
+                    self.identity.cluster_uuid, self.identity.disks
+                )
             return self._try_to_form()
+        self._check_own_disk(announce.known_disks)
         if not self.is_formed:
-            return self._join(name, announce)
+            return None  # it sends FORM as soon as it has heard from us
         if announce.cluster_uuid != self.identity.cluster_uuid:
             peer.problem = (
                 f"member {name!r} belongs to another cluster ({announce.cluster_uuid.hex()[:12]}) than this node "
@@ -122,10 +134,27 @@ class Peers:
             )
             self._say(logging.ERROR, "cluster.differs", peer.problem, peer=name)
             return None
-        ours = dict(announce.known_disks).get(self.node_id, b"")
+        return self._judge_disk(name, announce)
+
+    def heard_form(self, name: str, form: Form) -> DiskIdentity | None:
+        """
+        Join the cluster that a peer belongs to; None if there is nothing to do or the peer is not to be believed.
+
+        Raises:
+            StartError: That cluster knows this node by another disk.
+        """
+        peer = self.known[name]
+        if self.is_formed or peer.announce is None or peer.problem or not form.cluster_uuid:
+            return None
+        if sorted(node for node, _ in form.disks) != self._members:
+            return None
+        self._check_own_disk(form.disks)
+        return self._adopt(form.cluster_uuid, form.disks, f"joined the cluster that {name!r} belongs to")
+
+    def _check_own_disk(self, disks: Iterable[tuple[str, bytes]]) -> None:
+        ours = dict(disks).get(self.node_id, b"")
         if ours and ours != self.identity.disk_id:
             raise StartError(_wiped(self.node_id, ours, self.identity.disk_id))
-        return self._judge_disk(name, announce)
 
     def _judge_disk(self, name: str, announce: Announce) -> Refusal | None:
         peer = self.known[name]
@@ -161,16 +190,9 @@ class Peers:
 
     # -- formation -----------------------------------------------------------------------------------------
 
-    def _join(self, name: str, announce: Announce) -> DiskIdentity:
-        disks = dict(announce.known_disks)
-        ours = disks.get(self.node_id, b"")
-        if ours and ours != self.identity.disk_id:
-            raise StartError(_wiped(self.node_id, ours, self.identity.disk_id))
-        return self._adopt(announce.cluster_uuid, announce.known_disks, f"joined the cluster that {name!r} belongs to")
-
     def _try_to_form(self) -> DiskIdentity | None:
         answered = {name for name, peer in self.known.items() if peer.announce and not peer.problem}
-        if any(peer.announce and peer.announce.cluster_uuid for peer in self.known.values()):
+        if any(peer.announce is not None and peer.announce.cluster_uuid for peer in self.known.values()):
             return None  # there is a cluster: its members decide whether we belong to it
         if len(answered) == len(self.known):
             if self.node_id != self._members[0]:
@@ -184,7 +206,8 @@ class Peers:
         else:
             return None
         disks = tuple(
-            (name, self.identity.disk_id if name == self.node_id else self._announced_disk(name)) for name in self._members
+            (name, self.identity.disk_id if name == self.node_id else self._announced_disk(name))
+            for name in self._members
         )
         return self._adopt(self._random_bytes(16), disks, "formed a new cluster")
 
@@ -200,18 +223,25 @@ class Peers:
         self.identity = self.identity._replace(cluster_uuid=cluster_uuid, disks=disks)
         self.disks = dict(disks)
         self._wants_bootstrap = False
-        self._say(logging.INFO, "cluster.formed", f"{how}: id {cluster_uuid.hex()[:12]}", cluster_uuid=cluster_uuid.hex())
+        self._say(
+            logging.INFO,
+            "cluster.formed",
+            f"{how}: id {cluster_uuid.hex()[:12]}",
+            cluster_uuid=cluster_uuid.hex(),
+        )
         return self.identity
 
-    def formed(self) -> list[tuple[str, Refusal]]:
-        """The new identity is durable: judge the announcements that came before it."""
-        refusals = []
+    def formed(self) -> list[tuple[str, Refusal | Form]]:
+        """The new identity is durable: what to send to those whose announcements came before it."""
+        messages: list[tuple[str, Refusal | Form]] = []
         for name, peer in self.known.items():
             if peer.announce is not None and not peer.problem:
                 refusal = self._judge_disk(name, peer.announce)
                 if refusal is not None:
-                    refusals.append((name, refusal))
-        return refusals
+                    messages.append((name, refusal))
+                elif not peer.announce.cluster_uuid:
+                    messages.append((name, Form(self.identity.cluster_uuid, self.identity.disks)))
+        return messages
 
     def missing(self) -> list[str]:
         """Why there is no cluster yet, a line for each member."""

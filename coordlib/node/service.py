@@ -56,7 +56,14 @@ class RequestService:
         self._raft = raft
         self._machine = machine
         self.replies: list[tuple[Source, Reply]] = []
-        self.counters = {"commands": 0, "queries": 0, "keep_alives": 0, "waits": 0, "refused": 0, "expired": 0}
+        self.counters = {
+            "commands": 0,
+            "queries": 0,
+            "keep_alives": 0,
+            "waits": 0,
+            "refused": 0,
+            "expired": 0,
+        }
         self._proposed: dict[int, _Proposed] = {}
         self._by_key: dict[tuple[int, int], _Proposed] = {}
         self._held: list[tuple[Source, Request]] = []
@@ -68,8 +75,12 @@ class RequestService:
         self._pending_bytes = 0  # of all commands in the log, not applied yet
         self._deadlines: dict[int, int] = {}
         self._next_expiry = _NEVER
-        self._expiring: dict[int, list[tuple[Source, Request]]] = {}  # session -> keep-alives that wait for its fate
-        self._clearing: dict[int, list[tuple[Source, Request]]] = {}  # session -> ... for its checkpoint to be cleared
+        self._expiring: dict[
+            int, list[tuple[Source, Request]]
+        ] = {}  # session -> keep-alives that wait for its fate
+        self._clearing: dict[
+            int, list[tuple[Source, Request]]
+        ] = {}  # session -> ... for its checkpoint to be cleared
         self._checkpointed: set[int] = set()
         self._last_tick = 0
         self._opened_at_index = 0
@@ -148,7 +159,9 @@ class RequestService:
             room = HELD_MAX - len(self._held)
             self._held.extend((source, request) for request in requests[:room])
             for request in requests[room:]:
-                self._refuse(source, request, Overloaded("the new leader is not ready yet and its queue is full"))
+                self._refuse(
+                    source, request, Overloaded("the new leader is not ready yet and its queue is full")
+                )
             return
         for request in requests:
             self._handle(source, request, now)
@@ -193,7 +206,12 @@ class RequestService:
         if commands.is_internal(request.body):
             raise UsageError("this command is the cluster's own; it cannot be sent")
         self._machine.check(
-            session, sequence, request.acknowledged, request.body, self._pending_of.get(session, 0), self._pending_bytes
+            session,
+            sequence,
+            request.acknowledged,
+            request.body,
+            self._pending_of.get(session, 0),
+            self._pending_bytes,
         )
         self.counters["commands"] += 1
         entry = self._propose(session, sequence, request.acknowledged, request.body, now)
@@ -355,7 +373,9 @@ class RequestService:
         self._pending_of.pop(session, None)
         for waiting in (self._expiring, self._clearing):
             for source, request in waiting.pop(session, ()):
-                self._refuse(source, request, SessionExpired("the session has expired; everything it held is released"))
+                self._refuse(
+                    source, request, SessionExpired("the session has expired; everything it held is released")
+                )
         for key in [key for key in self._waits if key[0] == session]:
             self._wake_waits(key)
 

@@ -182,7 +182,10 @@ class SessionClient:
             call.view = withdrawn.view
             call.body = build(withdrawn.sequence)
         if len(self._pending) >= PENDING_MAX:
-            self._fail(call, Overloaded(f"{PENDING_MAX} calls of this process are waiting already; back off and retry"))
+            self._fail(
+                call,
+                Overloaded(f"{PENDING_MAX} calls of this process are waiting already; back off and retry"),
+            )
             return
         if call.view is not None and call.view is not self.view:
             # Bound to a session that is gone, and everything it held with it.
@@ -417,7 +420,10 @@ class SessionClient:
         if view.state in (SessionState.CONNECTED, SessionState.SUSPENDED):
             if now >= view.valid_until_ms:
                 self._lose(now)
-            elif view.state is SessionState.CONNECTED and now >= self._last_answer_ms + self._timing.session_ttl_ms // 2:
+            elif (
+                view.state is SessionState.CONNECTED
+                and now >= self._last_answer_ms + self._timing.session_ttl_ms // 2
+            ):
                 self._set_state(SessionState.SUSPENDED)
         if now >= self._next_keep_alive and view.state in (SessionState.CONNECTED, SessionState.SUSPENDED):
             self._keep_alive_due = True
@@ -493,7 +499,9 @@ class SessionClient:
             if call is self._opening:
                 continue
             if call.kind == RequestKind.WAIT:
-                self._finish(call, None, SessionExpired("the session ended while waiting; it holds nothing any more"))
+                self._finish(
+                    call, None, SessionExpired("the session ended while waiting; it holds nothing any more")
+                )
             elif call.kind == RequestKind.COMMAND and call.view is view and call.attempts:
                 self._finish(
                     call,

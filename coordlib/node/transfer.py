@@ -128,7 +128,12 @@ class SnapshotSenders:
     def start(self, follower: str, now: int) -> None:
         self._transfers[follower] = _Transfer(now)
         self._events.append(
-            LogEvent(logging.INFO, "snapshot.send", f"sending a snapshot to {follower!r}: its log is too far behind", {"peer": follower})
+            LogEvent(
+                logging.INFO,
+                "snapshot.send",
+                f"sending a snapshot to {follower!r}: its log is too far behind",
+                {"peer": follower},
+            )
         )
 
     def stop(self, follower: str) -> None:
@@ -168,7 +173,9 @@ class SnapshotSenders:
                 self.stop(follower)
                 continue
             # The first piece goes alone: it tells how many there are.
-            window = CHUNKS_IN_FLIGHT_MAX * CHUNK_SIZE_BYTES if transfer.meta is not None else CHUNK_SIZE_BYTES
+            window = (
+                CHUNKS_IN_FLIGHT_MAX * CHUNK_SIZE_BYTES if transfer.meta is not None else CHUNK_SIZE_BYTES
+            )
             while transfer.offset < transfer.size and transfer.offset - transfer.acked < window:
                 disk.append(SendChunk(follower, self._raft.term, transfer.offset, CHUNK_SIZE_BYTES))
                 transfer.offset += CHUNK_SIZE_BYTES
@@ -229,7 +236,12 @@ class SnapshotReceiver:
             self._sink.feed(chunk.data)
         except CoordError as error:
             self._events.append(
-                LogEvent(logging.ERROR, "snapshot.unreadable", f"the snapshot from {sender!r} cannot be read: {error}", {"peer": sender})
+                LogEvent(
+                    logging.ERROR,
+                    "snapshot.unreadable",
+                    f"the snapshot from {sender!r} cannot be read: {error}",
+                    {"peer": sender},
+                )
             )
             self.abort(disk)
             return self._ack(chunk, 0, is_refused=True)
@@ -255,7 +267,12 @@ class SnapshotReceiver:
         self._sink.finish()
         self._forget()
         self._events.append(
-            LogEvent(logging.INFO, "snapshot.installed", f"installed a snapshot at index {meta.index}", {"index": meta.index, "term": meta.term})
+            LogEvent(
+                logging.INFO,
+                "snapshot.installed",
+                f"installed a snapshot at index {meta.index}",
+                {"index": meta.index, "term": meta.term},
+            )
         )
 
     def abort(self, disk: list[DiskEffect]) -> None:
