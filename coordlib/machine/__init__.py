@@ -6,7 +6,8 @@ depends on nothing but the entries before it.
 
 An entry is checked completely before it is appended (`check`) and again before anything is changed (`apply`).
 What a command got wrong is its reply, the same everywhere, never an exception: an entry that raised would
-stop every member at every restart.
+stop every member at every restart. Replies are kept for retries, so the texts of errors are state too: like numbers and
+shapes of commands, they are changed only together with a format version.
 """
 
 from __future__ import annotations
@@ -125,6 +126,9 @@ def _new_parts(
 class Machine:
     """
     See the module's docstring. Not thread-safe.
+
+    `sessions`, `limits` and everything else that is read through an attribute is replaced by a restore: read it
+    from the machine each time.
 
     Args:
         limits: Of a new cluster. A restored snapshot brings its own.

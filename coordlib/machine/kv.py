@@ -100,10 +100,15 @@ class Maps:
         if opcode == OpCode.MAP_UPDATE:
             if args[2]:
                 self._check_room(args[1], self._growth(args[1], _last_of_equals(args[2])), pending_bytes)
-        elif opcode in (OpCode.MAP_PUT, OpCode.MAP_INSERT, OpCode.MAP_SETDEFAULT):
+        elif opcode == OpCode.MAP_PUT:
             self._check_room(args[1], self._growth(args[1], {args[2]: args[3]}), pending_bytes)
+        elif opcode in (OpCode.MAP_INSERT, OpCode.MAP_SETDEFAULT):
+            if self._record(args[1], args[2]) is None:
+                self._check_room(args[1], self._growth(args[1], {args[2]: args[3]}), pending_bytes)
         elif opcode == OpCode.MAP_COMPARE_AND_SET and args[4] is not None:
-            self._check_room(args[1], self._growth(args[1], {args[2]: args[4]}), pending_bytes)
+            record = self._record(args[1], args[2])
+            if args[3] == (None if record is None else record[_PREFIX:]):
+                self._check_room(args[1], self._growth(args[1], {args[2]: args[4]}), pending_bytes)
 
     def put(
         self, meta: Meta, _session: int, _sequence: int, args: list[Any], _effects: list[Effect]

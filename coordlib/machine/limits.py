@@ -24,6 +24,9 @@ class Limits(NamedTuple):
     """
     Sizes in bytes, times in milliseconds, the rest are counts. All are inclusive.
 
+    There is none on the replies of all sessions together, on purpose: an idle session acknowledges its last reply
+    only with its next request, so that a few that rest could keep all others from working.
+
     Disk: the order of fields is part of the snapshot format.
     """
 
@@ -41,7 +44,6 @@ class Limits(NamedTuple):
     session_ttl_ms_max: int = 24 * 60 * 60 * 1000
     replies_max: int = 1024  # kept for one session
     replies_size_bytes_max: int = 1024 * 1024  # kept for one session; the last one may exceed it
-    replies_total_bytes_max: int = 256 * 1024 * 1024  # kept for all sessions
     acquisitions_max: int = 200_000  # held and queued, of all sessions: bounds the number of locks as well
     session_acquisitions_max: int = 4096
     lock_waiters_max: int = 10_000

@@ -166,8 +166,6 @@ class Sessions:
                 raise _overloaded("replies_max", limits.replies_max)
             if sum(map(len, kept)) >= limits.replies_size_bytes_max:
                 raise _overloaded("replies_size_bytes_max", limits.replies_size_bytes_max)
-        if self.replies_bytes >= limits.replies_total_bytes_max:
-            raise _overloaded("replies_total_bytes_max", limits.replies_total_bytes_max)
 
     def begin(self, id: int, sequence: int, acknowledged: int) -> Session | bytes:
         """
@@ -200,7 +198,6 @@ class Sessions:
         return (
             len(session.replies) >= limits.replies_max
             or session.replies_bytes >= limits.replies_size_bytes_max
-            or self.replies_bytes >= limits.replies_total_bytes_max
         )
 
     def is_hopeless(self, session: Session) -> bool:

@@ -58,8 +58,8 @@ class Reclaimer:
             del self._buckets[: len(self._buckets) - _BACKLOG_BUCKETS_MAX]
 
     def free(self, count: int) -> bool:
-        """Free at most `count` buckets. True if more are left."""
-        del self._buckets[-count:]
+        """Free at most `count` buckets, at least one. True if more are left."""
+        del self._buckets[-max(1, count) :]
         return bool(self._buckets)
 
     def __len__(self) -> int:

@@ -169,6 +169,7 @@ def test_what_is_no_operation_counts_as_internal(data: bytes) -> None:
         encode([OpCode.RELEASE.value, b"lock", 1 << 63]),
         encode([OpCode.SESSION_OPEN.value, b"short", 1000, "x"]),
         encode([OpCode.SESSION_OPEN.value, NONCE, 1000, b"x"]),
+        b"\x84\x01\x50" + NONCE + b"\x19\x03\xe8\x63\xed\xa0\x80",
         encode([OpCode.SESSION_EXPIRE.value, [1, "2"]]),
         encode([OpCode.SESSION_EXPIRE.value, 1]),
         encode([OpCode.SESSION_CHECKPOINT.value, [[1, -2]]]),
