@@ -22,10 +22,19 @@ _NEVER: Final = 1 << 62
 class ClientKernel:
     """The same inputs and effects as a member's kernel, as far as a client has them."""
 
-    def __init__(self, *, name: str, timing: Timing, random_bytes: Callable[[int], bytes], now: int) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        timing: Timing,
+        random_bytes: Callable[[int], bytes],
+        now: int,
+        wants_session: bool = True,
+    ) -> None:
         self.node_id = name
         self.session = SessionClient(timing, name, random_bytes)
         self._timing = timing
+        self._wants_session = wants_session
         self._out = Effects()
         self._events: list[LogEvent] = []
         self._up: dict[str, None] = {}
@@ -46,10 +55,14 @@ class ClientKernel:
 
     @property
     def has_usable_leader(self) -> bool:
+        """Whether it is of use: with a session, or, where none is wanted, with anyone to ask."""
+        if not self._wants_session:
+            return bool(self._up)
         return self.session.view.session_id != 0
 
     def open_session(self, now: int) -> None:
-        self.session.open(now)
+        if self._wants_session:
+            self.session.open(now)
 
     def peer_up(self, name: str, now: int) -> None:
         self._up[name] = None

@@ -321,14 +321,18 @@ class Driver:
         def question() -> dict[str, Any]:
             kernel, links, transport = self._kernel, self._links, self._transport
             assert kernel is not None and links is not None and transport is not None
-            status = kernel.status(monotonic_ms())
-            status["wire"] = {**links.counters, **transport.counters()}
-            status["wire_problems"] = dict(links.problems)
-            status["late_ms_max"] = self.late_ms_max
-            return status
+            return {**kernel.status(monotonic_ms()), **_wire_status(links, transport, self)}
 
         answer: dict[str, Any] = self.ask(question, timeout_seconds)
         return answer
+
+
+def _wire_status(links: Links, transport: Transport, driver: Driver) -> dict[str, Any]:
+    return {
+        "wire": {**links.counters, **transport.counters()},
+        "wire_problems": dict(links.problems),
+        "late_ms_max": driver.late_ms_max,
+    }
 
 
 def _transport_settings(keys: ClusterKeys) -> TransportSettings:
@@ -396,6 +400,7 @@ class MemberDriver(Driver):
         for name, endpoint in sorted(settings.members.items()):
             if name != settings.node:
                 links.connect(endpoint, name, (Lane.CONTROL, Lane.BULK))
+        kernel.wire_status = lambda: _wire_status(links, transport, self)
         kernel.open_session(now)
         self._links = links
         self._kernel = kernel
@@ -464,12 +469,18 @@ class MemberDriver(Driver):
 
 
 class ClientDriver(Driver):
-    """Runs a client: no vote, no disk."""
+    """
+    Runs a client: no vote, no disk.
 
-    def __init__(self, settings: ClientSettings) -> None:
+    Without a session it is an observer: it has started as soon as one member answers, leader or not,
+    and can only ask for their status.
+    """
+
+    def __init__(self, settings: ClientSettings, *, wants_session: bool = True) -> None:
         self._client_name = settings.name or f"client-{os.getpid()}-{os.urandom(3).hex()}"
         super().__init__(self._client_name, start_timeout_ms=settings.timing.start_timeout_ms)
         self._settings = settings
+        self._wants_session = wants_session
         self._keys = ClusterKeys.from_secrets(settings.secrets, settings.cluster)
         self._make_transport = find_transport(settings.transport)
 
@@ -477,7 +488,11 @@ class ClientDriver(Driver):
         settings = self._settings
         now = monotonic_ms()
         kernel = ClientKernel(
-            name=self._client_name, timing=settings.timing, random_bytes=os.urandom, now=now
+            name=self._client_name,
+            timing=settings.timing,
+            random_bytes=os.urandom,
+            now=now,
+            wants_session=self._wants_session,
         )
         transport = self._make_transport(_transport_settings(self._keys))
         self._transport = transport

@@ -47,6 +47,7 @@ from coordlib.wire.messages import (
     Refusal,
     Replies,
     Reply,
+    RequestKind,
     Requests,
     SnapshotAck,
     SnapshotChunk,
@@ -99,6 +100,7 @@ class MemberKernel:
             events=self._events,
         )
         self.session = SessionClient(timing, node_id, random_bytes)
+        self.wire_status: Callable[[], dict[str, Any]] = dict  # counters and problems of what is below
         self.raft: RawNode | None = None
         self.service: RequestService | None = None
         self._taker: SnapshotTaker | None = None
@@ -357,6 +359,15 @@ class MemberKernel:
     def submit(self, call: Call, now: int) -> None:
         if self._is_closing and not call.is_detached:
             call.error = ClusterClosed("the node is closing; nothing was sent")
+            self._out.completed.append(call)
+            return
+        if call.kind == RequestKind.STALE_QUERY and self.raft is not None:
+            # Of what was applied here, and only here: a leader is neither needed nor asked.
+            reply = self.machine.query(call.body)
+            if commands.is_success(reply):
+                call.reply = reply
+            else:
+                call.error = commands.error_reply(reply)
             self._out.completed.append(call)
             return
         self.session.submit(call, now)
@@ -693,6 +704,7 @@ class MemberKernel:
         """What `coordlib status` and `stats()` show; keys are stable, more may come."""
         raft, service = self.raft, self.service
         status: dict[str, Any] = {
+            **self.wire_status(),
             "node": self.node_id,
             "is_formed": raft is not None,
             "cluster_uuid": self.peers.identity.cluster_uuid.hex(),
