@@ -44,6 +44,7 @@ __all__ = [
     "decode_operation",
     "decode_query",
     "decode_reply",
+    "encode_coded_error",
     "encode_error",
     "error_reply",
     "expire_sessions",
@@ -407,6 +408,11 @@ def encode_error(error: CoordError) -> bytes:
         for name, value in error.details.items()
     }
     return encode([error.code, error.message, details])
+
+
+def encode_coded_error(code: str, message: str) -> bytes:
+    """The same, for an error of which only the code and the text are known."""
+    return encode([code, message, {}])
 
 
 def is_success(reply: bytes) -> bool:
