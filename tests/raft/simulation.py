@@ -45,6 +45,10 @@ class Simulation:
         self.configuration = Configuration(voters, learners)
         self.by_lease = rng.random() < 0.4
         settings: dict[str, Any] = {
+            # Short, so that a run sees many elections; the rates of faults below are made for these.
+            "heartbeat_ticks": 10,
+            "election_ticks_min": 50,
+            "election_ticks_max": 100,
             "reads_by_lease": self.by_lease,
             "drift_percent": 4,
             "append_entries_max": rng.choice((1, 3, 1024)),
@@ -55,13 +59,13 @@ class Simulation:
         }
         self.loss = rng.choice((0.0, 0.02, 0.2))
         self.repeat = rng.choice((0.0, 0.1))
-        self.delay_max = rng.choice((3, 30, 150))
-        self.disk_delay_max = rng.choice((0, 0, 10, 100))
-        self.crash_rate = rng.choice((0.0, 0.004, 0.02))
-        self.partition_rate = rng.choice((0.0, 0.01, 0.03))
+        self.delay_max = rng.choice((2, 10, 40))
+        self.disk_delay_max = rng.choice((0, 0, 10, 60))
+        self.crash_rate = rng.choice((0.0, 0.003, 0.015))
+        self.partition_rate = rng.choice((0.0, 0.02, 0.06))
         self.pause_rate = rng.choice((0.0, 0.003))
         self.compact_rate = rng.choice((0.0, 0.01, 0.1))
-        self.transfer_rate = rng.choice((0.0, 0.01))
+        self.transfer_rate = rng.choice((0.0, 0.03))
 
         self.time = 0
         self.members = {name: Member(name, self.configuration, **settings) for name in names}
@@ -129,19 +133,24 @@ class Simulation:
                     self._start(member)
             elif rng.random() < self.crash_rate:
                 self._crash(member)
-                self.down_until[name] = self.time + rng.choice((0, 50, 1500))
+                self.down_until[name] = self.time + rng.choice((0, 10, 200))
             elif rng.random() < self.pause_rate:
-                self.paused_until[name] = self.time + rng.choice((100, 400, 2000))
+                self.paused_until[name] = self.time + rng.choice((20, 80, 300))
         if self.cut and self.time >= self.cut_until:
             self.cut = set()
         elif not self.cut and rng.random() < self.partition_rate:
             names = list(self.members)
             side = set(rng.sample(names, rng.randint(1, max(1, len(names) // 2))))
+            leaders = {
+                name for name in names if self.members[name].node and self.members[name].core.is_leader
+            }
+            if rng.random() < 0.5 and leaders:
+                side = leaders
             pairs = [(a, b) for a in names for b in names if (a in side) != (b in side)]
             if rng.random() < 0.3:
                 pairs = [(a, b) for a, b in pairs if a in side]
             self.cut = set(pairs)
-            self.cut_until = self.time + rng.randint(100, 3000)
+            self.cut_until = self.time + rng.randint(10, 300)
 
     # -- one round of one member, as a driver does it
 
@@ -163,7 +172,7 @@ class Simulation:
             self._check_ready(member, ready)
             self.send(name, ready.messages)
             for follower in ready.snapshots_wanted:
-                due = self.time + self.rng.randint(1, 200)
+                due = self.time + self.rng.randint(1, 40)
                 self.transfers.append((due, name, core, follower, core.log.snapshot))
             delay = self.rng.randint(0, self.disk_delay_max) if ready.must_persist else 0
             self.disk_due[name].append(self.time + delay)
@@ -184,7 +193,8 @@ class Simulation:
         core = member.core
         if core.role is not Role.LEADER:
             return
-        for _ in range(rng.choice((0, 0, 1, 1, 5))):
+        backlog = core.last_index - core.commit_index
+        for _ in range(rng.choice((0, 0, 1, 1, 5)) if backlog < 40 else 0):
             self.serial += 1
             try:
                 core.propose(b"command %d" % self.serial)
@@ -197,7 +207,7 @@ class Simulation:
             core.request_read(context)
         if rng.random() < self.transfer_rate and core.transfer_leadership(None):
             self.mark("transfers")
-        if self.is_changing and rng.random() < 0.02:
+        if self.is_changing and rng.random() < 0.05:
             self._change(core)
         applied = member.applied_index
         if applied > core.log.snapshot.index and rng.random() < self.compact_rate:
@@ -242,7 +252,7 @@ class Simulation:
             core.report_snapshot(follower, SnapshotStatus(meta.index, not is_cut))
 
     def step(self) -> None:
-        self.time += self.rng.randint(1, 25)
+        self.time += self.rng.randint(1, 8)
         self._disturb()
         self._deliver_snapshots()
         inbox: dict[str, list[tuple[str, RaftMessage]]] = {name: [] for name in self.members}
@@ -290,13 +300,15 @@ class Simulation:
         if core.role is not Role.LEADER:
             return
         name = member.node_id
-        known = self.leaders.setdefault(core.term, name)
-        assert known == name, f"two leaders in term {core.term}: {known}, {name}"
         log = core.log
-        # Leader Completeness. (A deposed leader may not know what its successors commit.)
-        for index in range(log.start_index + 1, self.committed_index + 1):
-            if self.committed_in[index] < core.term:
-                assert log.term_at(index) == self.committed[index].term, f"leader {name} lacks {index}"
+        if core.term not in self.leaders:
+            self.leaders[core.term] = name
+            # Leader Completeness. (One elected late may not know what later terms have committed.)
+            for index in range(log.start_index + 1, self.committed_index + 1):
+                if self.committed_in[index] < core.term:
+                    assert log.term_at(index) == self.committed[index].term, f"leader {name} lacks {index}"
+        known = self.leaders[core.term]
+        assert known == name, f"two leaders in term {core.term}: {known}, {name}"
         # What is committed is on the disks of a quorum, and what is said to match is on the follower's.
         for follower, progress in core.progress.items():
             held = self.members[follower].disk
@@ -322,7 +334,7 @@ class Simulation:
 
     # -- the run
 
-    def run(self, steps: int = 220, heal: int = 6000) -> dict[str, int]:
+    def run(self, steps: int = 400, heal: int = 3000) -> dict[str, int]:
         """Faults for a while; then none, and the cluster must agree and go on."""
         for _ in range(steps):
             self.step()
