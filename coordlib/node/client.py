@@ -15,7 +15,9 @@ from coordlib.wire.messages import LeaderInfo, Refusal, Replies, Requests, Statu
 
 __all__ = ["ClientKernel"]
 
-ASK_AGAIN_MS: Final = 300
+HOPELESS_MS: Final = 1000
+"""A closing client waits this long for members without a leader: its session ends by itself anyway."""
+
 _NEVER: Final = 1 << 62
 
 
@@ -43,7 +45,9 @@ class ClientKernel:
         self.wanted_endpoints: dict[str, str] = {}  # as told by members: the driver connects to all of them
         self._status_calls: dict[int, Callable[[str, dict[str, Any]], None]] = {}
         self._status_id = 0
+        self._is_leaderless = False  # as the members say
         self._is_closing = False
+        self._closing_since = now
         self._close_call: Call | None = None
         self._close_deadline = _NEVER
         self._now = now
@@ -87,6 +91,7 @@ class ClientKernel:
         for _, message in messages:
             if isinstance(message, Replies):
                 hint = self.session.receive(message.replies, now)
+                self._is_leaderless = hint == ""
                 if hint and hint != self.session.leader and hint in self._up:
                     self._follow(hint, now)
             elif isinstance(message, LeaderInfo):
@@ -132,6 +137,7 @@ class ClientKernel:
     def begin_close(self, now: int, deadline_ms: int) -> None:
         if not self._is_closing:
             self._is_closing = True
+            self._closing_since = now
             self._close_deadline = deadline_ms
             self._close_call = self.session.close(now, deadline_ms)
 
@@ -139,7 +145,9 @@ class ClientKernel:
         if not self._is_closing:
             return False
         call = self._close_call
-        if call is None or call.reply is not None or call.error is not None or now >= self._close_deadline:
+        is_answered = call is None or call.reply is not None or call.error is not None
+        is_hopeless = (self._is_leaderless or not self._up) and now >= self._closing_since + HOPELESS_MS
+        if is_answered or is_hopeless or now >= self._close_deadline:
             self.session.closed()
             return True
         return False

@@ -117,6 +117,7 @@ class MemberKernel:
         self._late_ms = 0
         self._now = now
         self._has_garbage = False
+        self._was_barred = False
         self._is_closing = False
         self._close_call: Call | None = None
         self._close_deadline = _NEVER
@@ -266,7 +267,7 @@ class MemberKernel:
             if kind is AppendReply:
                 if message.is_success:
                     self.peers.acknowledged(name, message.match_term, message.match_index)
-            elif kind is VoteReply and message.is_granted and self.peers.is_behind_its_word(name):
+            elif kind is VoteReply and message.is_granted and peer.is_behind:
                 self.counters["untrusted_messages"] += 1
                 continue
             raft.step(name, message)
@@ -280,6 +281,15 @@ class MemberKernel:
         if self.raft is not None and self.peers.known[name].is_trusted:
             if message.remembered_index:
                 self.raft.bar_until(message.remembered_term, message.remembered_index)
+                if self.raft.is_barred and not self._was_barred:
+                    self._was_barred = True
+                    self._say(
+                        logging.ERROR,
+                        "disk.behind",
+                        f"this disk holds less than it had acknowledged (entry {self.raft.last_index} instead of "
+                        f"{message.remembered_index}): no vote until it has caught up. Was an old copy of data_dir put back?",
+                        remembered_index=message.remembered_index,
+                    )
             self.raft.report_reachable(name)
 
     def _on_form(self, name: str, message: Form, now: int) -> None:
@@ -466,8 +476,13 @@ class MemberKernel:
             return self._take()
         raft, service = self.raft, self.service
         if raft is None or service is None:
-            self.session.flush(now)
             return self._take()
+        if self._was_barred and not raft.is_barred:
+            # Caught up with what this disk had acknowledged: its votes count again.
+            self._was_barred = False
+            for name, peer in self.peers.known.items():
+                if peer.is_up:
+                    self._announce(name)
         while True:
             self._flush_session(raft, service, now)
             progressed = False

@@ -102,6 +102,7 @@ class Links:
         self._control: dict[str, _Connection] = {}  # peer -> its established control connection
         self._bulk: dict[str, _Connection] = {}
         self._attached: set[bytes] = set()
+        self._incarnations: dict[str, int] = {}  # member -> its newest run
         self._misbehaviour = Misbehaviour()
         self._say_once = SayOnce()
         self._is_anyone_quarantined = False
@@ -208,7 +209,11 @@ class Links:
                 )
                 return
             if result.is_first:
+                self._incarnations[peer.node] = peer.incarnation
                 kernel.peer_incarnation(peer.node, peer.incarnation)
+            elif self._incarnations.get(peer.node) != peer.incarnation:
+                self._count("stale-incarnation")  # what an earlier run of it sent, still on its way
+                return
             kernel.peer_messages(peer.node, messages, now)
             return
         if route not in self._attached:

@@ -32,6 +32,7 @@ class Peer:
     __slots__ = (
         "announce",
         "incarnation",
+        "is_behind",
         "is_trusted",
         "is_up",
         "problem",
@@ -46,6 +47,9 @@ class Peer:
         self.announce: Announce | None = None
         self.is_trusted = False
         self.remembered = (0, 0)  # (term, index) that its disk acknowledged to us
+        self.is_behind = (
+            False  # it came back with less than that: its vote is worth nothing until it has caught up
+        )
         self.status: MemberStatus | None = None
         self.status_ms = 0
         self.problem = ""
@@ -111,6 +115,15 @@ class Peers:
         peer.announce = announce
         peer.is_trusted = False
         peer.problem = ""
+        peer.is_behind = (announce.last_term, announce.last_index) < peer.remembered
+        if peer.is_behind:
+            self._say(
+                logging.ERROR,
+                "disk.behind",
+                f"member {name!r} came back with less than its disk had acknowledged (entry {announce.last_index} "
+                f"instead of {peer.remembered[1]}): it does not vote until it has caught up",
+                peer=name,
+            )
         if announce.members_digest != self._digest:
             peer.problem = (
                 f"member {name!r} was given another list of members than this node "
@@ -178,15 +191,11 @@ class Peers:
             self._judge_disk(name, peer.announce)
 
     def acknowledged(self, name: str, term: int, index: int) -> None:
+        """The peer's disk has acknowledged this much to us; what it comes back with is measured by it."""
         peer = self.known[name]
-        if (term, index) > peer.remembered:
+        if (term, index) >= peer.remembered:
             peer.remembered = (term, index)
-
-    def is_behind_its_word(self, name: str) -> bool:
-        """The peer came back with less than its disk acknowledged to us: its vote is worth nothing yet."""
-        peer = self.known[name]
-        announce = peer.announce
-        return announce is not None and (announce.last_term, announce.last_index) < peer.remembered
+            peer.is_behind = False
 
     # -- formation -----------------------------------------------------------------------------------------
 
