@@ -587,10 +587,13 @@ class MemberKernel:
             if requests:
                 service.handle("", requests, now)
                 self._route_replies(now)
-        elif session.leader and self.peers.known[session.leader].is_up:
-            requests = session.flush(now)
-            if requests:
-                self._send(session.leader, Requests(tuple(requests)))
+        else:
+            # Just after stepping down it is still this node's own name, until the core's Ready has been seen.
+            peer = self.peers.known.get(session.leader)
+            if peer is not None and peer.is_up:
+                requests = session.flush(now)
+                if requests:
+                    self._send(session.leader, Requests(tuple(requests)))
 
     def _apply(self, raft: RawNode, service: RequestService, now: int) -> None:
         machine, taker, queue = self.machine, self._taker, self._to_apply
