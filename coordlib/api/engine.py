@@ -90,7 +90,8 @@ def check_usable(engine: Engine | None, is_closed: bool) -> Engine:
 
 
 def _given_up(step: Step, call: Call) -> CoordError:
-    if step.kind == RequestKind.COMMAND and call.attempts:
+    # The node thread is stalled and may send it as soon as it runs again: nothing definite can be said.
+    if step.kind == RequestKind.COMMAND:
         return CommitTimeout(
             "the node did not answer in time: the request may have taken effect", request_id=call.request_id
         )

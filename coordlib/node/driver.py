@@ -241,12 +241,12 @@ class Driver:
             if not events or len(events) < 500:
                 kernel.tick(now, wall_ms(), late_ms)
                 links.tick(now)
+            while questions:  # before the effects: a question may have to be sent on
+                questions.popleft()()
             self._carry_out(kernel, now)
             if links.events:
                 self._log(links.events)
                 links.events.clear()
-            while questions:
-                questions.popleft()()
             if not self._started.is_set():
                 if kernel.has_usable_leader:
                     self._started.set()

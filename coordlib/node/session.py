@@ -242,6 +242,10 @@ class SessionClient:
             call = queue.popleft()
             if call.request_id not in self._pending:
                 continue
+            if now >= call.deadline_ms:
+                # Its caller may have been told so already: nothing is sent behind its back.
+                self._finish(call, None, self._timeout_error(call))
+                continue
             session = sequence = 0
             if call.kind == RequestKind.COMMAND and call is not opening:
                 if view.session_id == 0 or (
@@ -304,8 +308,10 @@ class SessionClient:
                     self._opened(call, body)
                 else:
                     self._finish(call, body, None)
-            elif status == ReplyStatus.OK or status == ReplyStatus.ERROR:
+            elif status == ReplyStatus.OK:
                 self._refused(call, _error_of(body), now)
+            elif status == ReplyStatus.ERROR:
+                self._refused_before_append(call, _error_of(body), now)
             else:
                 if status == ReplyStatus.NOT_LEADER:
                     hint = body.decode("utf-8", "replace")
@@ -315,6 +321,21 @@ class SessionClient:
                     self._hold_until = now + BACK_OFF_MS
                 self._queue.append(call)
         return hint
+
+    def _refused_before_append(self, call: Call, error: CoordError, now: int) -> None:
+        """This leader did not append it. An earlier one may have, if there was an earlier attempt."""
+        if call.kind == RequestKind.COMMAND and call.attempts > 1 and call is not self._opening:
+            if isinstance(error, Overloaded):
+                self._hold_until = now + BACK_OFF_MS
+                self._queue.append(call)
+                return
+            if not isinstance(error, SessionExpired):
+                error = LeadershipLost(
+                    f"the request was sent again after a change of leader and refused then ({error}): its first attempt "
+                    "may have taken effect",
+                    request_id=call.request_id,
+                )
+        self._refused(call, error, now)
 
     def _refused(self, call: Call, error: CoordError, now: int) -> None:
         if call is self._opening:
