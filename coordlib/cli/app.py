@@ -1,0 +1,111 @@
+"""Arguments in, exit code out. What each subcommand does is in its own module, imported only when it runs.
+
+Exit codes: 0 it is well; 1 what was asked about is not well (a failed proof, a cluster without a leader, a
+check that failed); 2 it could not be done: wrong arguments, or an error, told in one message on standard error;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import coordlib
+from coordlib.errors import CoordError
+
+__all__ = ["main"]
+
+EXIT_ERROR: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+_ENVIRONMENT: Final = (
+    "Without --config and other settings, they come from the environment: COORDLIB_CLUSTER, COORDLIB_NODE, "
+    "COORDLIB_MEMBERS, COORDLIB_SECRET or COORDLIB_SECRET_FILE, COORDLIB_DATA_DIR, and so on. A secret is never an "
+    "argument: other users of the machine can read those."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code. Errors are told in words, without a traceback."""
+    arguments = _parser().parse_args(argv)
+    try:
+        run = importlib.import_module(arguments.module).run
+        code: int = run(arguments)
+        sys.stdout.flush()
+        return code
+    except CoordError as error:
+        print(f"coordlib {arguments.command}: {error.args[0] if error.args else error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"coordlib {arguments.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone. Nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="coordlib", description=coordlib.__doc__)
+    parser.add_argument("--version", action="version", version=f"coordlib {coordlib.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, *, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog
+        )
+        sub.set_defaults(module=f"coordlib.cli.{name}")
+        return sub
+
+    serve = command("serve", "run a plain member until SIGTERM or SIGINT", epilog=_ENVIRONMENT)
+    serve.add_argument(
+        "--config", metavar="FILE", help="TOML; its keys are the arguments of coordlib.Cluster"
+    )
+    serve.add_argument("--cluster", help="the cluster's name")
+    serve.add_argument("--node", help="this member's name")
+    serve.add_argument("--members", metavar="NAME=ENDPOINT,...", help="every member, this one included")
+    serve.add_argument("--data-dir", metavar="DIR", help="a directory that no other node uses")
+    serve.add_argument("--bind", metavar="ENDPOINT", help="where to listen, if not at this member's endpoint")
+    serve.add_argument("--secret-file", metavar="FILE", help="holds the secret, or several, newest first")
+    serve.add_argument("--bootstrap", action="store_true", help="form a new cluster with a quorum of members")
+    serve.add_argument("--start-timeout", metavar="SECONDS", type=float, help="by default 30")
+    serve.add_argument("--verbose", action="store_true", help="log what is of interest, not only warnings")
+
+    status = command("status", "show the members, with or without a leader", epilog=_ENVIRONMENT)
+    _attach_arguments(status)
+    status.add_argument("--json", action="store_true", help="all that the members tell, as one JSON object")
+
+    locks = command("locks", "list who holds which lock, and how many wait", epilog=_ENVIRONMENT)
+    _attach_arguments(locks)
+    locks.add_argument("--json", action="store_true", help="as one JSON list")
+
+    keys = command("keys", "make a secret for a cluster")
+    keys.add_argument("action", choices=["new"], help="print a new secret; give the same to every member")
+
+    doctor = command("doctor", "check this machine and these settings", epilog=_ENVIRONMENT)
+    doctor.add_argument(
+        "--config", metavar="FILE", help="TOML; its keys are the arguments of coordlib.Cluster"
+    )
+
+    demo = command("demo", "three applications through kill -9 of the leader's, with proofs at the end")
+    demo.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
+    demo.add_argument(
+        "--sabotage", choices=["lock", "ack"], default="", help="break it on purpose: the proof must fail"
+    )
+    demo.add_argument("--seconds", type=float, default=12.0, help=argparse.SUPPRESS)
+
+    bench = command("bench", "measure this machine (needs the source tree)")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of benchmarks/run.py")
+    return parser
+
+
+def _attach_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="a member's file; its members are asked")
+    parser.add_argument("--endpoint", metavar="ENDPOINT,...", help="of some members: tcp://10.0.0.1:7400")
+    parser.add_argument("--cluster", help="the cluster's name")
+    parser.add_argument("--secret-file", metavar="FILE", help="holds the secret")
+    parser.add_argument("--timeout", metavar="SECONDS", type=float, default=3.0, help="by default 3")
