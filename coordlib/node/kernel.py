@@ -483,6 +483,9 @@ class MemberKernel:
             for name, peer in self.peers.known.items():
                 if peer.is_up:
                     self._announce(name)
+        if self._to_apply and self._out.sends:
+            # Others wait for these (acknowledgements of what just became durable); applying can follow.
+            return self._take()
         while True:
             self._flush_session(raft, service, now)
             progressed = False

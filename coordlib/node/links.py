@@ -102,6 +102,8 @@ class Links:
         self._control: dict[str, _Connection] = {}  # peer -> its established control connection
         self._bulk: dict[str, _Connection] = {}
         self._attached: set[bytes] = set()
+        self._last_messages: Sequence[tuple[int, Any]] = ()
+        self._last_plaintext = b""
         self._incarnations: dict[str, int] = {}  # member -> its newest run
         self._misbehaviour = Misbehaviour()
         self._say_once = SayOnce()
@@ -355,7 +357,12 @@ class Links:
             self.counters["sends_dropped"] += 1
             return False
         try:
-            plaintext = encode_messages(messages)
+            # What a leader sends to its followers in one round is mostly the same: encode it once.
+            if messages == self._last_messages:
+                plaintext = self._last_plaintext
+            else:
+                plaintext = encode_messages(messages)
+                self._last_messages, self._last_plaintext = messages, plaintext
         except LocalProtocolError:
             if len(messages) <= 1:
                 raise

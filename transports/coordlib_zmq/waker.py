@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from collections.abc import Callable
 from typing import Final
 
 __all__ = ["Waker"]
 
 _HAS_EVENTFD: Final = hasattr(os, "eventfd")
+
+
+def _signal_function() -> Callable[[int], object]:
+    """
+    What adds one to an eventfd. The C library's own function, if there is one, called without letting go of the
+    interpreter: the write never blocks, and os.write would cost its caller a fight to get the interpreter back.
+    """
+    if sys.platform == "linux":
+        try:
+            write = ctypes.PyDLL(None).eventfd_write
+        except (OSError, AttributeError):
+            pass
+        else:
+            write.argtypes = (ctypes.c_int, ctypes.c_uint64)
+            return lambda fd: write(fd, 1)
+    return lambda fd: os.write(fd, b"\1\0\0\0\0\0\0\0")
+
+
+_signal: Final = _signal_function()
 
 
 class Waker:
@@ -34,7 +56,7 @@ class Waker:
         # Two threads may both see False; one write too many is harmless.
         if not self._is_pending:
             self._is_pending = True
-            os.write(self._write_fd, b"\1\0\0\0\0\0\0\0")
+            _signal(self._write_fd)
 
     def clear(self) -> None:
         """Make the descriptor unreadable. Only the thread that polls."""
