@@ -70,5 +70,9 @@ class RaftConfig:
 
     @property
     def lease_ticks(self) -> int:
-        """How long a quorum's promise not to vote holds, on the leader's clock."""
-        return self.election_ticks_min * (100 - self.drift_percent) // 100
+        """
+        How long a quorum's promise not to vote holds, on the leader's clock.
+
+        Two ticks less than the drift alone takes: either side may have read its clock up to a tick late.
+        """
+        return max(0, self.election_ticks_min * (100 - self.drift_percent) // 100 - 2)

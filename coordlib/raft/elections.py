@@ -36,7 +36,16 @@ class Elections(Replication):
     # -- campaigns
 
     def _can_campaign(self) -> bool:
-        return is_voter(self.log.configuration, self.node_id) and self._bar is None
+        if self._bar is not None:
+            return False
+        log = self.log
+        if is_voter(log.configuration, self.node_id):
+            return True
+        # Its log says that it is removed, but until that is committed, it may be the only one whose log is
+        # long enough to lead (Thesis §4.2.2). It counts no vote of its own then.
+        return log.configuration_index > self.commit_index and is_voter(
+            log.previous_configuration, self.node_id
+        )
 
     def _begin_campaign(self) -> None:
         """Ask whether an election could be won, without disturbing anybody (Thesis §9.6)."""

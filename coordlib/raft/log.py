@@ -113,6 +113,11 @@ class RaftLog:
     def configuration_index(self) -> int:
         return self._configurations[-1][0]
 
+    @property
+    def previous_configuration(self) -> Configuration:
+        """The one before the newest, or the newest if the log knows no other."""
+        return self._configurations[max(0, len(self._configurations) - 2)][1]
+
     def configuration_at(self, index: int) -> Configuration:
         """The one in force at `index`, which is not below the snapshot's."""
         found = self._configurations[0][1]

@@ -30,7 +30,6 @@ from coordlib.raft.messages import (
     VoteReply,
 )
 from coordlib.raft.progress import ProgressState, ProgressView
-from coordlib.raft.quorum import is_voter
 from coordlib.raft.state import Role
 
 __all__ = ["RawNode", "Ready"]
@@ -452,8 +451,8 @@ class RawNode(Elections):
             InvariantViolation: A bug. The node must stop.
         """
         self._check_state_invariants()
-        if self.role is not Role.FOLLOWER:
-            invariant(is_voter(self.configuration, self.node_id) or self.role is _LEADER, "not a voter")
+        if self.role in (Role.PRE_CANDIDATE, Role.CANDIDATE):
+            invariant(self._can_campaign(), "candidate that may not lead")
 
 
 _HANDLERS: dict[type, Callable[[RawNode, str, object], None]] = {

@@ -36,7 +36,7 @@ class Simulation:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.rng = rng = random.Random(seed)
-        count = rng.choice((1, 2, 3, 3, 3, 4, 5))
+        count = rng.choice((1, 2, 3, 3, 3, 4, 5, 5, 5))
         names = [f"n{i}" for i in range(1, count + 1)]
         self.is_changing = count >= 4 and rng.random() < 0.6
         voters = tuple(names[:3]) if self.is_changing else tuple(names)
@@ -46,9 +46,9 @@ class Simulation:
         self.by_lease = rng.random() < 0.4
         settings: dict[str, Any] = {
             # Short, so that a run sees many elections; the rates of faults below are made for these.
-            "heartbeat_ticks": 10,
-            "election_ticks_min": 50,
-            "election_ticks_max": 100,
+            "heartbeat_ticks": 8,
+            "election_ticks_min": 24,
+            "election_ticks_max": 60,
             "reads_by_lease": self.by_lease,
             "drift_percent": 4,
             "append_entries_max": rng.choice((1, 3, 1024)),
@@ -57,12 +57,13 @@ class Simulation:
             "committed_entries_max": rng.choice((2, 4096)),
             "uncommitted_size_bytes_max": rng.choice((400, 1 << 20)),
         }
-        self.loss = rng.choice((0.0, 0.02, 0.2))
+        self.loss = rng.choice((0.0, 0.02, 0.1, 0.25))
         self.repeat = rng.choice((0.0, 0.1))
-        self.delay_max = rng.choice((2, 10, 40))
-        self.disk_delay_max = rng.choice((0, 0, 10, 60))
-        self.crash_rate = rng.choice((0.0, 0.003, 0.015))
-        self.partition_rate = rng.choice((0.0, 0.02, 0.06))
+        self.delay_max = rng.choice((2, 6, 15, 30))
+        self.disk_delay_max = rng.choice((0, 0, 10, 40))
+        self.crash_rate = rng.choice((0.0, 0.003, 0.01))
+        self.coup_rate = rng.choice((0.0, 0.01, 0.03))  # at which a leader crashes
+        self.partition_rate = rng.choice((0.0, 0.03, 0.1))
         self.pause_rate = rng.choice((0.0, 0.003))
         self.compact_rate = rng.choice((0.0, 0.01, 0.1))
         self.transfer_rate = rng.choice((0.0, 0.03))
@@ -131,11 +132,11 @@ class Simulation:
             if member.node is None:
                 if self.time >= self.down_until[name]:
                     self._start(member)
-            elif rng.random() < self.crash_rate:
+            elif rng.random() < (self.crash_rate + self.coup_rate * member.core.is_leader):
                 self._crash(member)
-                self.down_until[name] = self.time + rng.choice((0, 10, 200))
+                self.down_until[name] = self.time + rng.choice((0, 10, 100))
             elif rng.random() < self.pause_rate:
-                self.paused_until[name] = self.time + rng.choice((20, 80, 300))
+                self.paused_until[name] = self.time + rng.choice((20, 50, 150))
         if self.cut and self.time >= self.cut_until:
             self.cut = set()
         elif not self.cut and rng.random() < self.partition_rate:
@@ -150,7 +151,7 @@ class Simulation:
             if rng.random() < 0.3:
                 pairs = [(a, b) for a, b in pairs if a in side]
             self.cut = set(pairs)
-            self.cut_until = self.time + rng.randint(10, 300)
+            self.cut_until = self.time + rng.randint(10, 150)
 
     # -- one round of one member, as a driver does it
 
@@ -252,7 +253,7 @@ class Simulation:
             core.report_snapshot(follower, SnapshotStatus(meta.index, not is_cut))
 
     def step(self) -> None:
-        self.time += self.rng.randint(1, 8)
+        self.time += self.rng.randint(1, 6)
         self._disturb()
         self._deliver_snapshots()
         inbox: dict[str, list[tuple[str, RaftMessage]]] = {name: [] for name in self.members}
@@ -338,7 +339,9 @@ class Simulation:
         """Faults for a while; then none, and the cluster must agree and go on."""
         for _ in range(steps):
             self.step()
-        self.loss = self.crash_rate = self.partition_rate = self.pause_rate = self.transfer_rate = 0.0
+        self.loss = self.crash_rate = self.coup_rate = self.partition_rate = self.pause_rate = (
+            self.transfer_rate
+        ) = 0.0
         self.compact_rate = 0.0
         self.is_changing = False
         self.delay_max = 5
