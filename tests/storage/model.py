@@ -141,6 +141,10 @@ class Driver:
             self.fs.crash_at = self.fs.effects + rng.randrange(12) if rng.random() < 0.3 else None
             try:
                 self.open()
+                if rng.random() < 0.5:
+                    for number, group in self.model.groups.items():
+                        if group.snapshot is not None:
+                            self.storage.compact(number, group.base)
                 self.fs.crash_at = None
                 return
             except CrashNow:

@@ -107,6 +107,56 @@ def test_a_process_killed_before_any_effect_loses_nothing_acknowledged() -> None
         driver.open()
 
 
+def test_a_crash_within_recovery_after_a_kill_loses_nothing_acknowledged() -> None:
+    """What recovery finds may not be durable yet: it must be, before anything that it replaces goes."""
+    total = SimulatedFileSystem()
+    script(Driver(total, Random(0)))
+    for crash_at in range(total.effects):
+        fs = SimulatedFileSystem()
+        driver = Driver(fs, Random(crash_at))
+        fs.crash_at = crash_at
+        with pytest.raises(CrashNow):
+            script(driver)
+        fs.kill()
+        for opening in range(100):
+            survivor = Driver(fs.clone(), Random(crash_at * 100 + opening))
+            survivor.model = deepcopy(driver.model)
+            survivor.fs.crash_at = opening
+            try:
+                survivor.open()
+                break
+            except CrashNow:
+                pass
+            for _ in range(3):
+                last = Driver(survivor.fs.clone(), survivor.rng)
+                last.model = deepcopy(survivor.model)
+                last.fs.crash(last.rng)
+                last.open()
+                last.check_snapshots()
+
+
+def test_an_unfinished_segment_does_not_come_back_to_contradict_a_later_torn_write() -> None:
+    """Its creation was interrupted, it was removed, the segment before went on, and the machine stopped again."""
+    fs = SimulatedFileSystem()
+    driver = Driver(fs, Random(0))
+    driver.open()
+    driver.write([Persist(0, HardState(1, "a"), make_entries(1, 3, 1, 250))])
+    fs.crash_at = fs.effects + 1
+    with pytest.raises(CrashNow):
+        driver.write([Persist(0, None, make_entries(4, 4, 1, 900))])
+    fs.crash_with(lambda change: [], lambda: True)
+    assert len([path for path in fs.paths() if path.endswith(".log")]) == 2
+    assert "interrupted" in driver.open().notes[0]
+    fs.crash_at = fs.effects + 1
+    with pytest.raises(CrashNow):
+        driver.write([Persist(0, None, make_entries(4, 4, 1, 10))])
+    fs.crash_with(
+        lambda change: [] if change.data is None else [PendingChange(change.offset, change.data[:40])],
+        lambda: False,
+    )
+    driver.open()
+
+
 @pytest.mark.parametrize("operation", ["pwrite", "datasync", "create", "sync_directory", "rename", "unlink"])
 def test_a_failure_of_any_effect_is_final_and_loses_nothing_acknowledged(operation: str) -> None:
     """At the nth call of each kind: refused from then on; the next process finds what was acknowledged."""
