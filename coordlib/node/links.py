@@ -214,7 +214,10 @@ class Links:
                 self._incarnations[peer.node] = peer.incarnation
                 kernel.peer_incarnation(peer.node, peer.incarnation)
             elif self._incarnations.get(peer.node) != peer.incarnation:
-                self._count("stale-incarnation")  # what an earlier run of it sent, still on its way
+                # What an earlier run of it sent, still on its way. Should it be this run that is alive, and the first
+                # message of the other only have come late, then it greets anew and is the newest again.
+                self._count("stale-incarnation")
+                self._responder.drop(route)
                 return
             kernel.peer_messages(peer.node, messages, now)
             return
