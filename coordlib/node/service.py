@@ -81,6 +81,7 @@ class RequestService:
         self._clearing: dict[
             int, list[tuple[Source, Request]]
         ] = {}  # session -> ... for its checkpoint to be cleared
+        self._clear_index: dict[int, int] = {}  # session -> where in the log its checkpoint is cleared
         self._checkpointed: set[int] = set()
         self._last_tick = 0
         self._opened_at_index = 0
@@ -125,6 +126,7 @@ class RequestService:
         self._waits_count = 0
         self._expiring.clear()
         self._clearing.clear()
+        self._clear_index.clear()
         self._checkpointed.clear()
         self._deadlines.clear()
         self._next_expiry = _NEVER
@@ -256,7 +258,8 @@ class RequestService:
         if session in self._checkpointed:
             # A later leader would start from the remaining time that is in the log: have it cleared first.
             if session not in self._clearing:
-                self._propose(0, 0, 0, commands.checkpoint_sessions([(session, -1)]), now)
+                entry = self._propose(0, 0, 0, commands.checkpoint_sessions([(session, -1)]), now)
+                self._clear_index[session] = entry.index
                 self._clearing[session] = []
             self._clearing[session].append((source, request))
             return
@@ -362,7 +365,9 @@ class RequestService:
             return
         if self._clearing:
             for session in list(self._clearing):
-                if self._machine.sessions.remaining_ms(session) is None:
+                # Not "no remaining time is applied": the checkpoint itself may still be on its way.
+                if self._machine.applied_index >= self._clear_index[session]:
+                    del self._clear_index[session]
                     self._checkpointed.discard(session)
                     for source, request in self._clearing.pop(session):
                         self._handle(source, request, now)
@@ -370,6 +375,7 @@ class RequestService:
     def _session_ended(self, session: int) -> None:
         self._deadlines.pop(session, None)
         self._checkpointed.discard(session)
+        self._clear_index.pop(session, None)
         self._pending_of.pop(session, None)
         for waiting in (self._expiring, self._clearing):
             for source, request in waiting.pop(session, ()):
