@@ -139,7 +139,8 @@ class SessionClient:
         self.leader = ""
         self._pending: dict[int, Call] = {}
         self._queue: deque[Call] = deque()
-        self._request_id = 0
+        # Begins anywhere: an answer that was meant for an earlier run of this member must not look like one for this.
+        self._request_id = int.from_bytes(random_bytes(4), "big")
         self._keep_alives: dict[int, int] = {}  # request id -> when it was sent
         self._opening: Call | None = None
         self._wants_session = False
