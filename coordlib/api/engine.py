@@ -154,6 +154,10 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
                 error = call.error
                 if error is None and call.reply is None:
                     error = _given_up(step, call)
+            except GeneratorExit:
+                # The task itself is being destroyed (its loop was closed): only what needs no waiting can be done.
+                _abandon(engine, operation)
+                raise
             except BaseException as interrupt:
                 step = operation.throw(interrupt)
                 continue
@@ -164,6 +168,17 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
     except StopIteration as stop:
         result: T = stop.value
         return result
+
+
+def _abandon(engine: Engine, operation: OpGen[T]) -> None:
+    try:
+        step = operation.throw(asyncio.CancelledError())
+        while step.is_detached:
+            _detach(engine, step)
+            step = operation.send(b"")
+        operation.close()
+    except (StopIteration, asyncio.CancelledError):
+        pass
 
 
 def _give_up(call: AsyncCall) -> None:
