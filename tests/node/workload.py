@@ -221,11 +221,8 @@ class Run:
                 return
             grant: Grant = operation.result
             self.grants.append((process, grant))
-            with process.reading_clock():
-                is_believed = not grant.lost
-            if is_believed:  # a process that was paused may learn late of a grant that it has lost since
-                assert grant.token > self.tokens[name], f"{name}: {grant.token} after {self.tokens[name]}"
-                self.tokens[name] = grant.token
+            assert grant.token > self.tokens[name], f"{name}: token {grant.token} after {self.tokens[name]}"
+            self.tokens[name] = grant.token
             self._check_locks()
             world.after(rng.randint(0, 600), lambda: self._use(process, lock, grant))
 
