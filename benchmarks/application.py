@@ -19,6 +19,8 @@ from time import monotonic, perf_counter_ns, sleep
 from typing import Any
 
 import coordlib
+from benchmarks.load import MAP as LOAD_MAP
+from benchmarks.load import Load
 from coordlib.errors import CoordError
 
 __all__: list[str] = []
@@ -129,6 +131,7 @@ class _ThreadApplication:
         self._map = cluster.map(MAP)
         self._disturbances = _Disturbances()
         self._writer: _Writer | None = None
+        self._load: Load | None = None
 
     def start(self, _: dict[str, Any]) -> dict[str, Any]:
         self._cluster.start()
@@ -200,6 +203,22 @@ class _ThreadApplication:
             return {}
         assert self._writer is not None
         return self._writer.stop()
+
+    def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Begin what `benchmarks.kill9` has its processes do."""
+        self._load = Load(self._cluster, request["directory"], request["name"], request["seed"])
+        return {}
+
+    def unload(self, _: dict[str, Any]) -> dict[str, Any]:
+        """End it."""
+        assert self._load is not None
+        self._load.stop()
+        return {"errors": self._load.errors}
+
+    def contents(self, _: dict[str, Any]) -> dict[str, Any]:
+        """All of the map of `benchmarks.load`, as this very member has applied it."""
+        state = self._cluster.map(LOAD_MAP)
+        return {"contents": {key: state.read_stale(key) for key in state}}
 
     def wake_up(self, request: dict[str, Any]) -> dict[str, Any]:
         """How late a thread of this process is when it sleeps a millisecond: the wait for core and GIL, with no library."""

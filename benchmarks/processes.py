@@ -37,14 +37,12 @@ def free_ports(count: int) -> list[int]:
 class Application:
     """One process of `benchmarks.application`, and the pipe to it."""
 
-    def __init__(
-        self, name: str, given: dict[str, Any], log_path: str, module: str = "benchmarks.application"
-    ) -> None:
+    def __init__(self, name: str, given: dict[str, Any], log_path: str) -> None:
         self.name = name
         self.log_path = log_path
         with open(log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [sys.executable, "-m", "benchmarks.application"],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -165,10 +163,12 @@ class Fleet:
     def _log_path(self, name: str) -> str:
         return os.path.join(self._directory, f"{name}.log")
 
-    def restart(self, name: str) -> None:
-        """Start a member again on its own disk, after it was killed or has closed."""
+    def restart(self, name: str, *, is_waited_for: bool = True) -> None:
+        """Start a member again on its own disk, after it was killed or has closed; else its `answer()` is to come."""
         self.members[name] = self._member(name)
-        self.members[name].do("start")
+        self.members[name].begin("start")
+        if is_waited_for:
+            self.members[name].answer()
 
     def client(self, face: str = "threads") -> Application:
         """A process with a started client."""

@@ -15,8 +15,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Final
+
+# So that it also runs as a file, from anywhere.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Line, Report, median, quantile, quantiles
 from benchmarks.floor import Floor, measure_floor
