@@ -153,7 +153,7 @@ class MemberSettings:
     bind: str | None = None
     transport: str = "zmq"
     bootstrap: bool = False
-    reads: str = "quorum"
+    reads: str = "lease"
     timing: Timing = field(default_factory=Timing)
     segment_size_bytes: int = 16 * 1024 * 1024
 

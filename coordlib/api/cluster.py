@@ -61,7 +61,7 @@ class _Handle:
         transport: str = "zmq",
         isolation: str = "thread",
         bootstrap: bool = False,
-        reads: str = "quorum",
+        reads: str = "lease",
         heartbeat: float = 0.05,
         election_timeout: tuple[float, float] = (0.3, 0.6),
         session_ttl: float = 10.0,
@@ -82,8 +82,9 @@ class _Handle:
             isolation: "thread" runs the node on a thread of this process, "process" in a process of its own that
                 lives as long as this one: for applications with CPU-bound threads.
             bootstrap: Form a new cluster as soon as a quorum of empty members is there, not only when all are.
-            reads: "quorum" confirms leadership for every (batch of) linearizable reads; "lease" relies on clocks that
-                run at the same rate within `drift_bound`.
+            reads: "lease" lets the leader answer linearizable reads while a majority's promise not to elect another
+                holds, which relies on clocks whose rates differ by less than `drift_bound`; "quorum" asks a majority
+                for every (batch of) reads and relies on no clock.
             heartbeat, election_timeout, session_ttl, request_timeout, start_timeout: In seconds.
 
         Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ _ENVIRONMENT: Final = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. Errors are told in words, without a traceback."""
     arguments = _parser().parse_args(argv)
+    if arguments.command != "serve":
+        # What these have to say is their answer; a log beside it would only say it twice.
+        logging.getLogger("coordlib").addHandler(logging.NullHandler())
     try:
         run = importlib.import_module(arguments.module).run
         code: int = run(arguments)

@@ -239,6 +239,7 @@ class Driver:
             for _ in range(len(submitted)):
                 kernel.submit(submitted.popleft(), now)
             if not events or len(events) < 500:
+                now = monotonic_ms()  # anew: a lease is judged by a time after the reads came in
                 kernel.tick(now, wall_ms(), late_ms)
                 links.tick(now)
             while questions:  # before the effects: a question may have to be sent on

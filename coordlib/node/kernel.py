@@ -433,13 +433,16 @@ class MemberKernel:
         return deadline
 
     def tick(self, now: int, wall_ms: int, late_ms: int = 0) -> None:
-        """Let timers fire. Only after all input that is there was given."""
+        """Let timers fire. Only after all input that is there was given; `now` was read after that."""
         self._now = now
         self._wall_ms = wall_ms
         self._late_ms = max(self._late_ms, late_ms)
         raft = self.raft
         if raft is not None:
             assert self.service is not None
+            if raft.is_leader:
+                # Our own reads are asked before the core looks at the time: a lease that holds now answers them now.
+                self._flush_session(raft, self.service, now)
             if now >= raft.deadline:
                 raft.tick(now)
             self.service.tick(now)

@@ -263,7 +263,8 @@ class RequestService:
                 self._clearing[session] = []
             self._clearing[session].append((source, request))
             return
-        self._raft.request_read(_Read(source, request))
+        # Never by lease: this answer prolongs a promise that others rely on.
+        self._raft.request_read(_Read(source, request), by_quorum=True)
         self._reads_asked += 1
 
     # -- confirmations and applied entries -----------------------------------------------------------------

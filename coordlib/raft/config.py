@@ -71,8 +71,10 @@ class RaftConfig:
     @property
     def lease_ticks(self) -> int:
         """
-        How long a quorum's promise not to vote holds, on the leader's clock.
+        How long a leader relies on a quorum's promise not to vote, on its own clock.
 
-        Two ticks less than the drift alone takes: either side may have read its clock up to a tick late.
+        Half of what drift alone would allow: the other half is for what no clock shows, such as a virtual
+        machine that its host stops for a moment. Heartbeats renew it often enough. Two ticks less, because
+        either side may have read its clock up to a tick late.
         """
-        return max(0, self.election_ticks_min * (100 - self.drift_percent) // 100 - 2)
+        return max(0, self.election_ticks_min * (100 - self.drift_percent) // 200 - 2)

@@ -190,9 +190,12 @@ class RawNode(Elections):
         log.append_own(entry)
         self._rebuild_progress()
 
-    def request_read(self, context: object) -> None:
+    def request_read(self, context: object, *, by_quorum: bool = False) -> None:
         """
         Ask for a linearizable read; `Ready.reads` or `Ready.failed_reads` will bring `context` back.
+
+        With leases on, it may be confirmed by one, at the next `tick`; `by_quorum` asks for a round of probes
+        all the same.
 
         Raises:
             NotLeader, Overloaded: Nothing was asked.
@@ -201,7 +204,7 @@ class RawNode(Elections):
             raise NotLeader(f"{self.node_id} does not lead", leader_hint=self.leader)
         if self._reads.pending_count >= self.config.reads_pending_max:
             raise Overloaded("too many reads wait for a quorum", reads=self._reads.pending_count)
-        self._reads.ask(context)
+        self._reads.ask(context, by_quorum=by_quorum)
 
     def transfer_leadership(self, target: str | None = None) -> bool:
         """
@@ -312,7 +315,7 @@ class RawNode(Elections):
             or reads.failed
             or self._restored is not None
             or self._snapshots_wanted
-            or (reads.waiting and self.commit_index >= self._term_start)
+            or (reads.is_asked and self.commit_index >= self._term_start)
             or (self.term, self.vote) != self._handed
             or (self.term, self.leader, self.role) != self._told
         )
@@ -324,7 +327,7 @@ class RawNode(Elections):
         log = self.log
         reads = self._reads
         if role is _LEADER:
-            if reads.waiting and self.commit_index >= self._term_start:
+            if reads.is_asked and self.commit_index >= self._term_start:
                 self._begin_read_round()
             if self._is_send_due:
                 self._is_send_due = False
@@ -410,6 +413,8 @@ class RawNode(Elections):
     @property
     def deadline(self) -> int:
         """The next tick value at which `tick` must be called. It may be past: then at once."""
+        if self.config.reads_by_lease and self._reads.waiting and self.commit_index >= self._term_start:
+            return self.now
         if self._is_rearm_due or self._is_leader_heard or self._deferred_votes:
             return self.now
         if self.role is not _LEADER:

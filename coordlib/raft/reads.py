@@ -20,10 +20,11 @@ __all__ = ["Lease", "ReadQueue"]
 class ReadQueue:
     """Reads on their way from asked to confirmed or failed. Contexts are opaque."""
 
-    __slots__ = ("confirmed", "failed", "pending_count", "rounds", "waiting")
+    __slots__ = ("confirmed", "failed", "pending_count", "rounds", "waiting", "waiting_for_quorum")
 
     def __init__(self) -> None:
         self.waiting: list[object] = []  # asked, no round yet
+        self.waiting_for_quorum: list[object] = []  # the same, and a lease will not do
         self.rounds: deque[tuple[int, int, list[object]]] = (
             deque()
         )  # (round, read index, contexts), ascending
@@ -31,14 +32,20 @@ class ReadQueue:
         self.failed: list[object] = []
         self.pending_count = 0
 
-    def ask(self, context: object) -> None:
-        self.waiting.append(context)
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything waits for a round to begin."""
+        return bool(self.waiting or self.waiting_for_quorum)
+
+    def ask(self, context: object, *, by_quorum: bool) -> None:
+        (self.waiting_for_quorum if by_quorum else self.waiting).append(context)
         self.pending_count += 1
 
     def begin(self, round_number: int, index: int) -> None:
         """All that wait now are answered by this round, with the commit index of its beginning."""
-        self.rounds.append((round_number, index, self.waiting))
+        self.rounds.append((round_number, index, self.waiting + self.waiting_for_quorum))
         self.waiting = []
+        self.waiting_for_quorum = []
 
     def confirm(self, round_number: int) -> None:
         """A quorum has echoed `round_number`: it and all older rounds are confirmed."""
@@ -49,7 +56,7 @@ class ReadQueue:
             self.pending_count -= len(contexts)
 
     def confirm_waiting(self, index: int) -> None:
-        """All that wait are confirmed at once: a lease holds now."""
+        """All that a lease will do for are confirmed at once: one holds now."""
         self.confirmed.extend([(context, index) for context in self.waiting])
         self.pending_count -= len(self.waiting)
         self.waiting = []
@@ -60,7 +67,9 @@ class ReadQueue:
             self.failed.extend(contexts)
         self.rounds.clear()
         self.failed.extend(self.waiting)
+        self.failed.extend(self.waiting_for_quorum)
         self.waiting = []
+        self.waiting_for_quorum = []
         self.pending_count = 0
 
 

@@ -131,7 +131,7 @@ class _Stage:
                 for name in NAMES:
                     self._applications[name].expect("open", START_SECONDS)
             except StartError as error:
-                if attempt == STARTS_MAX or "in use" not in str(error):
+                if attempt == STARTS_MAX or "is taken" not in str(error):
                     raise
                 self._end_applications()
                 for name in NAMES:

@@ -386,7 +386,7 @@ class TransportSuite(ABC):
         again = client.transport.connect(server.transport.bind(self.endpoint()))
         assert connection != again
         pump(server, client, until=lambda: client.saw(ConnectionUp(again)))
-        assert 1 == len(client.events[heard:])
+        assert len(client.events[heard:]) == 1
 
     def test_a_dropped_route_costs_its_peer_the_connection(self) -> None:
         """The peer is told, and may come again by another route."""
@@ -423,6 +423,18 @@ class TransportSuite(ABC):
         assert friend.transport.send(welcome, b"hello")
         pump(server, stranger, friend, until=lambda: server.frames)
         assert server.frames == [b"hello"]
+
+    def test_a_refused_connection_comes_up_once_the_secrets_agree(self) -> None:
+        """It is tried again and again, so that correcting one side is enough."""
+        wrong = self.open("theirs")
+        bound = wrong.transport.bind(self.endpoint())
+        client = self.open("ours")
+        connection = client.transport.connect(bound)
+        pump(wrong, client, until=client.failures)
+        wrong.transport.close()
+        corrected = self.open("ours")
+        corrected.transport.bind(bound)
+        pump(corrected, client, until=lambda: client.saw(ConnectionUp(connection)))
 
     @pytest.mark.parametrize(
         ("acceptor", "dialler"),
