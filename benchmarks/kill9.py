@@ -33,6 +33,7 @@ __all__ = ["main"]
 
 SESSION_TTL_SECONDS: Final = 3.0
 CLIENTS: Final = 2
+CATCH_UP_SECONDS: Final = 30.0
 
 
 class _Killing:
@@ -120,15 +121,17 @@ class _Killing:
 
     def contents(self) -> dict[str, dict[str, int]]:
         """What every member itself has applied, when all have applied the same."""
-        deadline = monotonic() + 20
+        deadline = monotonic() + CATCH_UP_SECONDS
         while True:
-            applied = {member.do("stats")["applied_index"] for member in self._fleet.members.values()}
-            if len(applied) == 1:
+            stats = {name: member.do("stats") for name, member in self._fleet.members.items()}
+            if len({one.get("applied_index") for one in stats.values()}) == 1:
                 return {
                     name: member.do("contents")["contents"] for name, member in self._fleet.members.items()
                 }
             if monotonic() > deadline:
-                raise RuntimeError(f"the members do not catch up with each other: {sorted(applied)}")
+                for name, log in self._fleet.logs().items():
+                    print(f"--- {name}\n{log[-3000:]}\n{json.dumps(stats.get(name))}")
+                raise RuntimeError("the members do not catch up with each other: see above")
             sleep(0.05)
 
 

@@ -1,0 +1,89 @@
+"""The benchmarks run and say what they promise. What they measure is not looked at: that depends on the machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.figures import Line, Report, median, quantile
+from benchmarks.load import check_notes
+from benchmarks.run import PARTS, _chosen
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _run(script: str, *arguments: str) -> tuple[int, list[str]]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout, done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+def _last(lines: list[str]) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(lines[-1])
+    return parsed
+
+
+def test_a_quick_run_prints_each_line_and_ends_with_one_json_object(tmp_path: Path) -> None:
+    """Three secured processes are started and measured; the JSON has the figures, the limits and the machine."""
+    code, lines = _run("run.py", "--quick", "--only", "stop_graceful", "--dir", str(tmp_path))
+    assert code == 0
+    result = _last(lines)
+    assert any(line.startswith("stop_graceful ") for line in lines)
+    assert {"machine", "configuration", "stop_graceful", "floor", "missed"} == set(result)
+    assert {"cores", "python", "commit", "kernel"} <= set(result["machine"])
+    assert result["floor"]["p50_us"] > 0
+    assert result["stop_graceful"]["limit"] == "<= 0.15s"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_few_kills_lose_nothing_and_leave_no_file(tmp_path: Path) -> None:
+    """Members are killed under load and restarted; the proofs hold, and something was there to prove."""
+    code, lines = _run("kill9.py", "--kills", "2", "--seed", "7", "--dir", str(tmp_path))
+    result = _last(lines)["kill9"]
+    assert code == 0, lines
+    assert result["violations"] == 0
+    assert result["acknowledged"] > 0
+    assert result["lock_sections"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lost_write_is_found_in_the_notes() -> None:
+    """An acknowledged number that a member does not have, or a counter set twice, is a violation in words."""
+    notes = ["try k 1", "ack k 1", "try k 2", "ack k 2", "try k 3", "add c 1", "added c 1"]
+    assert check_notes([notes], {"n1": {"k": 2, "c": 1}, "n2": {"k": 3, "c": 1}}) == []
+    assert len(check_notes([notes], {"n1": {"k": 1, "c": 1}})) == 1
+    assert len(check_notes([notes], {"n1": {"k": 2}})) == 1
+    assert len(check_notes([notes, ["add c 1", "added c 1"]], {"n1": {"k": 2, "c": 1}})) == 1
+    assert len(check_notes([["try k 1"]], {"n1": {"k": 2}})) == 1
+
+
+def test_a_line_says_whether_it_is_within_its_limit() -> None:
+    """At most and at least, both inclusive; without a limit there is no verdict."""
+    report = Report()
+    report.add(Line("slow", {}, shown="", value=3.0, at_most=2.6))
+    report.add(Line("quick", {}, shown="", value=2.6, at_most=2.6))
+    report.add(Line("many", {}, shown="", value=5.0, at_least=5.0))
+    report.add(Line("told", {"p50_us": 1}, shown="", value=9.0))
+    assert report.missed == ["slow"]
+    assert "MISS" in str(report.lines[0])
+    assert report.lines[3].figures == {"p50_us": 1}
+
+
+def test_only_the_parts_asked_for_are_measured() -> None:
+    """A line's name chooses the part that gives it; an unknown name is refused with the list."""
+    assert _chosen(["put_client", "put_leader"]) == ["sequential"]
+    assert list(PARTS) == _chosen([])
+    with pytest.raises(SystemExit, match="put_leader"):
+        _chosen(["puts"])
+
+
+def test_quantiles_are_samples() -> None:
+    """No interpolation: a quantile is a time that was measured."""
+    assert (quantile([5, 1, 3], 0.5), quantile([5, 1, 3], 0.99)) == (3, 5)
+    assert median([1, 3]) == 2.0
