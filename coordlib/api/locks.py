@@ -208,12 +208,6 @@ class _LockBase:
             if wait_ms == 0:
                 raise LockTimeout(f"lock {self.name!r} is held by somebody else", lock=self.name)
             token = yield from self._wait_gen(ask, view, sequence, deadline, timeout)
-        if not view.is_valid(monotonic_ms()):
-            # This process was kept from hearing of the grant for so long that the lock may be somebody else's by now.
-            yield Step.withdraw(ask, self._release_body)
-            raise SessionExpired(
-                f"lock {self.name!r} was granted, but the session was lost before that was heard here"
-            )
         grant = Grant(self.name, self._lock_name, token, view, sequence, self._on_lost, self._on_suspended)
         self._grants.add(grant)
         if grant.lost:
