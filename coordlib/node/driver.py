@@ -48,6 +48,7 @@ STALL_MS: Final = 100
 DRAIN_MS_MAX: Final = 20
 LINGER_MS: Final = 50
 START_GRACE_SECONDS: Final = 2.0
+SIGNAL_LATENCY_SECONDS: Final = 0.25
 
 SessionListener = Callable[[SessionView, SessionState], None]
 
@@ -88,7 +89,11 @@ class Driver:
         self._thread = thread
         fork.register(self)
         thread.start()
-        if not self._started.wait(self._start_timeout_ms / 1000 + START_GRACE_SECONDS):
+        deadline = monotonic_ms() + self._start_timeout_ms + round(START_GRACE_SECONDS * 1000)
+        # In short waits: a signal that arrives just before one begins is not heard until it ends.
+        while not self._started.wait(SIGNAL_LATENCY_SECONDS) and monotonic_ms() < deadline:
+            pass
+        if not self._started.is_set():
             self._start_error = StartError(
                 f"the node did not start within {self._start_timeout_ms / 1000:g} s, and its thread does not answer: "
                 "is the disk of data_dir hanging?"
