@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import cbor2
 
 from coordlib import cbor
-from coordlib.errors import UsageError
+from coordlib.errors import QuotaExceeded, UsageError
 
 __all__ = ["CANONICAL", "Codec", "decode_key", "encode_key", "encode_name"]
 
@@ -30,6 +30,15 @@ class Codec(NamedTuple):
 
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], Any]
+
+
+def _too_large(what: str, limit: str, size: int, maximum: int) -> QuotaExceeded:
+    return QuotaExceeded(
+        f"{what} has {size} bytes, {limit} is {maximum}; nothing was sent",
+        limit=limit,
+        maximum=maximum,
+        wanted=size,
+    )
 
 
 def _check(value: Any, depth: int) -> None:
@@ -74,9 +83,7 @@ def _encode(value: Any) -> bytes:
         except (UnicodeError, ValueError) as exc:
             raise UsageError(f"the value cannot be encoded: {exc}") from exc
     if len(data) > VALUE_SIZE_BYTES_MAX:
-        raise UsageError(
-            f"the value has {len(data)} bytes, at most {VALUE_SIZE_BYTES_MAX} are stored under one key"
-        )
+        raise _too_large("the value", "value_size_bytes_max", len(data), VALUE_SIZE_BYTES_MAX)
     return data
 
 
@@ -88,7 +95,8 @@ def encode_key(key: Any) -> bytes:
     A map's key as bytes: str, bytes or int. True and 1 are one key to a dict, so bool is refused.
 
     Raises:
-        UsageError: Of another type, or longer than 4 KiB.
+        UsageError: Of another type.
+        QuotaExceeded: Longer than 4 KiB.
     """
     kind = type(key)
     if kind is not str and kind is not bytes and kind is not int:
@@ -100,7 +108,7 @@ def encode_key(key: Any) -> bytes:
     except UnicodeError as exc:
         raise UsageError(f"the key cannot be encoded: {exc}") from exc
     if len(data) > KEY_SIZE_BYTES_MAX:
-        raise UsageError(f"the key has {len(data)} bytes, at most {KEY_SIZE_BYTES_MAX} are allowed")
+        raise _too_large("the key", "key_size_bytes_max", len(data), KEY_SIZE_BYTES_MAX)
     return data
 
 
@@ -116,7 +124,5 @@ def encode_name(name: Any, what: str) -> bytes:
     except UnicodeError as exc:
         raise UsageError(f"the name of a {what} cannot be encoded: {exc}") from exc
     if len(data) > NAME_SIZE_BYTES_MAX:
-        raise UsageError(
-            f"the name of a {what} has {len(data)} bytes, at most {NAME_SIZE_BYTES_MAX} are allowed"
-        )
+        raise _too_large(f"the name of a {what}", "name_size_bytes_max", len(data), NAME_SIZE_BYTES_MAX)
     return data
