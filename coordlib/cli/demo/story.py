@@ -82,6 +82,7 @@ class _Stage:
         self._tails: dict[Path, tuple[int, int]] = {}
         self._rate_at = (time.monotonic(), 0, 0)
         self._rates = (0.0, 0.0)
+        self._last_index = 0  # of the leader's log, when it was last asked for
 
     def __enter__(self) -> _Stage:
         self._directory = Path(tempfile.mkdtemp(prefix="coordlib-demo-"))
@@ -221,9 +222,12 @@ class _Stage:
     def _leader(self) -> str:
         deadline = time.monotonic() + RECOVER_SECONDS
         while time.monotonic() < deadline:
-            leaders = [(s["term"], n) for n, s in self._statuses().items() if s.get("role") == "leader"]
+            statuses = self._statuses()
+            leaders = [(s["term"], name) for name, s in statuses.items() if s.get("role") == "leader"]
             if leaders:
-                return max(leaders)[1]
+                leader = max(leaders)[1]
+                self._last_index = statuses[leader]["last_index"]
+                return leader
             time.sleep(0.05)
         raise StartError(f"no leader within {RECOVER_SECONDS:g} s")
 
@@ -240,6 +244,7 @@ class _Stage:
         view = self._view
         self._watch(seconds / 3)
         victim = self._leader()
+        died_at = self._last_index
         application = self._applications.pop(victim)
         killed_ns = time.monotonic_ns()
         application.kill()
@@ -253,7 +258,7 @@ class _Stage:
             is_good=True,
         )
         self._watch(max(seconds / 3, SESSION_TTL_SECONDS / 2))
-        self._restart(victim)
+        self._restart(victim, died_at)
         self._watch(seconds / 3)
         return self._prove(gap_ms)
 
@@ -279,19 +284,15 @@ class _Stage:
             f"no acknowledged write within {RECOVER_SECONDS:g} s after the leader's death ({before} before)"
         )
 
-    def _restart(self, victim: str) -> None:
+    def _restart(self, victim: str, died_at: int) -> None:
         view = self._view
         newest = max((s.get("commit_index", 0) for s in self._statuses().values()), default=0)
         begun = time.monotonic()
         application = self._launch(victim)
-        first: int | None = None
         deadline = begun + RECOVER_SECONDS
         while time.monotonic() < deadline:
-            status = self._show().get(victim, {})
-            if "applied_index" in status:
-                first = status["last_index"] if first is None else first
-                if status["applied_index"] >= newest:
-                    break
+            if self._show().get(victim, {}).get("applied_index", -1) >= newest:
+                break
             time.sleep(0.02)
         else:
             raise StartError(
@@ -299,7 +300,7 @@ class _Stage:
             )
         application.expect("open", START_SECONDS)
         view.event(
-            f"{victim} is back, with its log up to index {first:,} when it was first seen, and had caught up with index "
+            f"{victim} is back from its own disk, which ends near index {died_at:,}, and had caught up with index "
             f"{newest:,} {time.monotonic() - begun:.2f} s after its process was started",
             is_good=True,
         )
