@@ -258,16 +258,22 @@ class RawNode(Elections):
     def report_unreachable(self, follower: str) -> None:
         """Note that the connection is down: what was in flight may be lost."""
         progress = self._progress.get(follower)
-        if progress is not None and progress.state is not ProgressState.SNAPSHOT:
+        if progress is None or progress.state is ProgressState.SNAPSHOT:
+            return
+        if progress.state is ProgressState.REPLICATE:
             progress.become_probe()
-            progress.is_paused = True
+        # One that is probed already is not searched for from the beginning: that would cost it a snapshot.
+        progress.is_paused = True
 
     def report_reachable(self, follower: str) -> None:
         """Note that a connection was made: probe at once instead of waiting for a heartbeat."""
         progress = self._progress.get(follower)
-        if progress is not None and progress.state is not ProgressState.SNAPSHOT:
+        if progress is None or progress.state is ProgressState.SNAPSHOT:
+            return
+        if progress.state is ProgressState.REPLICATE:
             progress.become_probe()
-            self._is_send_due = True
+        progress.is_paused = False
+        self._is_send_due = True
 
     def campaign(self) -> None:
         """Do not wait for the election timeout. Ignored where that would break a promise, or by a leader."""
