@@ -216,8 +216,12 @@ class SnapshotReceiver:
         self._sink: SnapshotSink | None = None
 
     def receive(self, sender: str, chunk: SnapshotChunk, disk: list[DiskEffect]) -> SnapshotAck | None:
-        if chunk.term < self._raft.term or chunk.meta.index <= self._raft.commit_index:
+        if chunk.term < self._raft.term:
             return self._ack(chunk, 0, is_refused=True)
+        if chunk.meta.index <= self._raft.commit_index:
+            # All of it is here already. To refuse would have the leader begin anew for ever.
+            self.abort(disk)
+            return self._ack(chunk, chunk.size)
         if self._is_finishing:
             return None
         if self._meta != chunk.meta or self._sender != sender or (chunk.offset == 0 and self._offset):
