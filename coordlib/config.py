@@ -241,7 +241,8 @@ def load_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
     Read COORDLIB_* variables into the keyword arguments of `Cluster`.
 
     COORDLIB_CLUSTER, COORDLIB_NODE, COORDLIB_MEMBERS ("a=tcp://10.0.0.1:7400,b=tcp://..."), COORDLIB_SECRET (several
-    separated by commas, newest first; so a passphrase here has no comma) or COORDLIB_SECRET_FILE, COORDLIB_DATA_DIR, and the other arguments by their names.
+    separated by commas, newest first; so a passphrase here has no comma) or COORDLIB_SECRET_FILE, COORDLIB_DATA_DIR, and
+    the other arguments by their names.
 
     Raises:
         ConfigError: A variable is missing, unknown or malformed.
