@@ -16,23 +16,23 @@ import os
 import socket
 import stat
 import sys
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import zmq
 
 from coordlib.errors import ConfigError, StartError
+from coordlib_zmq.options import BACKLOG
 
 __all__ = [
-    "BACKLOG",
     "Endpoint",
     "can_share_port",
     "clear_stale_path",
+    "is_other_end",
     "parse_endpoint",
+    "remove_path",
     "share_port",
     "start_error",
 ]
-
-BACKLOG: Final = 512
 
 
 class Endpoint(NamedTuple):
@@ -70,6 +70,19 @@ def parse_endpoint(endpoint: str) -> Endpoint:
         f"{endpoint!r} is no endpoint; write tcp://10.0.0.1:7400, tcp://[fd00::1]:7400 or ipc:///run/app/node.sock",
         endpoint=endpoint,
     )
+
+
+def is_other_end(where: Endpoint, twin: socket.socket) -> bool:
+    """Whether a socket's other end is what an endpoint names; a host name is taken to name any address."""
+    peer = twin.getpeername()
+    if twin.family == socket.AF_UNIX:
+        return where.scheme == "ipc" and bool(peer == where.path)
+    if where.scheme != "tcp" or twin.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    if peer[1] != where.port:
+        return False
+    is_numeric = where.is_ipv6 or where.host.replace(".", "").isdigit()
+    return not is_numeric or where.is_ipv6 or bool(peer[0].removeprefix("::ffff:") == where.host)
 
 
 def can_share_port(where: Endpoint) -> bool:
@@ -136,6 +149,12 @@ def clear_stale_path(path: str) -> None:
             f"cannot listen at ipc://{path}: another process does; stop it or choose another path"
         )
     with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_path(path: str) -> None:
+    """Remove the socket file of a listener that is about to close; libzmq leaves it behind."""
+    with contextlib.suppress(OSError):  # gone already, or the folder is no longer ours: it is then stale
         os.unlink(path)
 
 

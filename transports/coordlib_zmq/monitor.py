@@ -51,9 +51,10 @@ class Monitor:
     __slots__ = ("_pair", "fileno")
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], watched: zmq.Socket[bytes], mask: int
+        self, context: zmq.Context[zmq.Socket[bytes]], watched: zmq.Socket[bytes], mask: int, number: int
     ) -> None:
-        address = f"inproc://monitor-{id(watched)}"
+        # A number that was never used in this context: libzmq forgets an address some time after close().
+        address = f"inproc://monitor-{number}"
         watched.monitor(address, mask)
         pair = context.socket(zmq.PAIR)
         pair.setsockopt(zmq.LINGER, 0)

@@ -31,7 +31,7 @@ import socket as os_socket
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import zmq
 
@@ -45,12 +45,13 @@ from coordlib.transport.base import (
     TransportEvent,
     TransportSettings,
 )
-from coordlib_zmq import listen, monitor, wires
-from coordlib_zmq.listen import Endpoint
+from coordlib_zmq import listen, monitor, options, wires
+from coordlib_zmq.listen import Endpoint, is_other_end
 from coordlib_zmq.monitor import Monitor
-from coordlib_zmq.waker import Waker
+from coordlib_zmq.options import WIRE_OVERHEAD
+from coordlib_zmq.waiting import Waker, open_selector
 from coordlib_zmq.wires import Wire
-from coordlib_zmq.zap import DOMAIN, KeyAdmission
+from coordlib_zmq.zap import KeyAdmission
 
 __all__ = ["BYTES_MAX", "FRAMES_MAX", "ZmqTransport"]
 
@@ -65,15 +66,8 @@ _POLLIN: Final = int(zmq.POLLIN)
 _POLLOUT: Final = int(zmq.POLLOUT)
 _EVENTS: Final = int(zmq.EVENTS)
 
-_KEY_SIZE: Final = 32
 _SOCKETS_MAX: Final = 4096  # libzmq's default of 1023 is three for each connection
 _WAIT_SECONDS_MAX: Final = 3600.0
-
-# A frame on the wire under CURVE: at most 9 bytes of ZMTP header, 33 of MESSAGE command. libzmq
-# compares the whole with MAXMSGSIZE and cuts the connection without telling us why, so its limit is
-# a little above ours: what is in between is delivered, and counted here.
-_WIRE_OVERHEAD: Final = 42
-_OVERSIZE_SLACK: Final = 64 * 1024
 
 # Bytes that one connection may have sent without finishing a message, beyond the largest frame.
 _UNDELIVERED_SLACK: Final = 1024 * 1024
@@ -121,6 +115,9 @@ class _Source:
         self.monitor = watcher
         self.fileno = _descriptor(socket)
         self.item = [(socket, _POLLIN)]
+
+
+_SourceT = TypeVar("_SourceT", bound=_Source)
 
 
 class _Connection(_Source):
@@ -176,7 +173,7 @@ class ZmqTransport:
     """
 
     def __init__(self, settings: TransportSettings) -> None:
-        _check(settings)
+        options.check(settings)
         self._settings = settings
         self._keys = tuple(settings.keys)
         self._ipv6 = bool(settings.options.get("ipv6", False))
@@ -210,6 +207,7 @@ class ZmqTransport:
         self._routes: dict[bytes, Wire] = {}
         self._successes = 0
         self._failure: str | None = None
+        self._socket_last = 0
         self._is_discarding = False  # in the middle of a message of several frames
 
     # -- opening -----------------------------------------------------------------------------------
@@ -402,13 +400,17 @@ class ZmqTransport:
             self._hang_up(connection)
         self._connections.clear()
         router, self._router = self._router, None
+        # While the listener still answers, nobody else can have taken the path.
+        for where in self._listening:
+            if where.scheme == "ipc":
+                listen.remove_path(where.path)
         if router is not None:
             _close(router)
         if self._admission is not None:
             self._admission.close()
         self._forget()
         self._selector.close()
-        self._context.term()
+        self._context.destroy(linger=0)
 
     def after_fork_in_child(self) -> None:
         """
@@ -445,50 +447,37 @@ class ZmqTransport:
             return
         with self._waker_lock:
             waker = self._waker = self._waker or Waker()
-        self._selector = select.epoll() if hasattr(select, "epoll") else _PortableEpoll()
+        self._selector = open_selector()
         self._selector.register(waker.fileno, select.POLLIN)
         self._context = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)
         self._due = monotonic() + _WIRE_INTERVAL_SECONDS
 
-    def _open_socket(self, kind: int, queue_frames_max: int) -> _Socket:
-        """Return a socket with every option that bind and connect read at their time."""
+    def _open_source(
+        self, source: _SourceT, kind: int, events: int, dress: Callable[[_Socket], None]
+    ) -> _SourceT:
+        """Give a source a new socket with its options, and a monitor."""
         assert self._context is not None
-        settings = self._settings
+        self._socket_last += 1
         socket = self._context.socket(kind)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.SNDHWM, queue_frames_max),
-            (zmq.RCVHWM, settings.control_queue_frames_max),
-            (zmq.MAXMSGSIZE, settings.frame_size_bytes_max + _OVERSIZE_SLACK),
-            (zmq.HANDSHAKE_IVL, settings.handshake_timeout_ms),
-            (zmq.HEARTBEAT_IVL, settings.heartbeat_interval_ms),
-            (zmq.HEARTBEAT_TIMEOUT, settings.heartbeat_timeout_ms),
-            (zmq.HEARTBEAT_TTL, settings.heartbeat_timeout_ms),
-            (zmq.TCP_KEEPALIVE, 1),
-            (zmq.TCP_KEEPALIVE_IDLE, 10),
-            (zmq.TCP_KEEPALIVE_INTVL, 5),
-            (zmq.TCP_KEEPALIVE_CNT, 3),
-        ):
-            socket.setsockopt(option, value)
-        return socket
+        try:
+            dress(socket)
+            source.adopt(socket, Monitor(self._context, socket, events, self._socket_last))
+        except BaseException:
+            socket.close(0)  # one that is forgotten would keep close() waiting for ever
+            raise
+        return source
 
     def _open_router(self) -> _Source:
         assert self._context is not None
         self._admission = KeyAdmission(self._context, {keys.client_public for keys in self._keys})
         self._watch(self._admission.fileno, self._on_admission)
-        socket = self._open_socket(zmq.ROUTER, self._settings.control_queue_frames_max)
-        for option, value in (
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.ROUTER_HANDOVER, 0),
-            (zmq.BACKLOG, listen.BACKLOG),
-            (zmq.CURVE_SERVER, 1),
-            (zmq.ZAP_ENFORCE_DOMAIN, 1),
-        ):
-            socket.setsockopt(option, value)
-        socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-        router = _Source()
-        router.adopt(socket, Monitor(self._context, socket, monitor.ROUTER_EVENTS))
+        router = self._open_source(
+            _Source(),
+            zmq.ROUTER,
+            monitor.ROUTER_EVENTS,
+            lambda socket: options.dress_router(socket, self._settings),
+        )
         self._watch(router.monitor.fileno, self._on_router_report)
         self._watch_data(router)
         self._router = router
@@ -512,31 +501,28 @@ class ZmqTransport:
         """Give a connection a fresh socket that dials, with the key set whose turn it is."""
         assert self._context is not None
         settings = self._settings
-        keys = self._keys[connection.key_index % len(self._keys)]
         is_bulk = connection.lane == Lane.BULK
-        socket = self._open_socket(
-            zmq.DEALER, settings.bulk_queue_frames_max if is_bulk else settings.control_queue_frames_max
+        self._open_source(
+            connection,
+            zmq.DEALER,
+            monitor.CONNECTION_EVENTS,
+            lambda socket: options.dress_dealer(
+                socket,
+                settings,
+                self._keys[connection.key_index % len(self._keys)],
+                queue_frames_max=settings.bulk_queue_frames_max
+                if is_bulk
+                else settings.control_queue_frames_max,
+                is_ipv6=self._ipv6 or connection.where.is_ipv6,
+            ),
         )
-        for option, value in (
-            (zmq.IMMEDIATE, 1),
-            (zmq.RECONNECT_IVL, settings.reconnect_interval_ms),
-            (zmq.RECONNECT_IVL_MAX, settings.reconnect_interval_ms_max),
-            # Where packets vanish the system would wait for minutes, well after the network has healed.
-            (zmq.CONNECT_TIMEOUT, max(settings.reconnect_interval_ms_max, 1000)),
-            (zmq.IPV6, int(self._ipv6 or connection.where.is_ipv6)),
-        ):
-            socket.setsockopt(option, value)
-        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server_public)
-        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.client_public)
-        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.client_secret)
-        connection.adopt(socket, Monitor(self._context, socket, monitor.CONNECTION_EVENTS))
         connection.is_dialled = True
         connection.failure = None
         connection.dial_at = 0.0
         self._watch(connection.monitor.fileno, lambda events: self._on_connection_report(connection, events))
         self._watch_data(connection)
         try:
-            socket.connect(connection.endpoint)
+            connection.socket.connect(connection.endpoint)
         except zmq.ZMQError as exc:
             self._hang_up(connection)
             self._connections.pop(connection.id, None)
@@ -641,7 +627,7 @@ class ZmqTransport:
             if wire is None:
                 wire = self._learn_route(route, part, events)
             if wire is not None:
-                wire.delivered += size + _WIRE_OVERHEAD
+                wire.delivered += size + WIRE_OVERHEAD
             if part.more:
                 self._counters["malformed_multipart"] += 1
                 frames_left = self._discard(router, wire, frames_left)
@@ -683,7 +669,7 @@ class ZmqTransport:
                 if not connection.is_dialled:
                     return
             if wire is not None:
-                wire.delivered += size + _WIRE_OVERHEAD
+                wire.delivered += size + WIRE_OVERHEAD
             if part.more:
                 self._counters["malformed_multipart"] += 1
                 while recv(_NOBLOCK, False).more:
@@ -707,7 +693,7 @@ class ZmqTransport:
             part = recv(_NOBLOCK, False)
             frames_left -= 1
             if wire is not None:
-                wire.delivered += len(part) + _WIRE_OVERHEAD
+                wire.delivered += len(part) + WIRE_OVERHEAD
             if not part.more:
                 self._is_discarding = False
                 break
@@ -812,7 +798,7 @@ class ZmqTransport:
                 self._dirty[connection] = None
                 events.append(ConnectionUp(connection.id))
             elif event == monitor.CONNECTED:
-                wire = wires.identify(value, lambda twin: _is_peer(twin, connection.where), monotonic())
+                wire = wires.identify(value, lambda twin: is_other_end(connection.where, twin), monotonic())
                 if wire is not None:
                     wire.connection = connection.id
                     connection.wire = wire
@@ -910,37 +896,9 @@ class ZmqTransport:
         if self._is_local(twin):
             return True
         try:
-            return any(_is_peer(twin, connection.where) for connection in self._connections.values())
+            return any(is_other_end(connection.where, twin) for connection in self._connections.values())
         except OSError:  # not connected
             return False
-
-
-class _PortableEpoll:
-    """`select.epoll` where there is none: the same few calls, over poll(2)."""
-
-    def __init__(self) -> None:
-        self._poll = select.poll()
-        self.register = self._poll.register
-        self.unregister = self._poll.unregister
-
-    def poll(self, timeout_seconds: float) -> list[tuple[int, int]]:
-        return self._poll.poll(timeout_seconds * 1000)
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-
-def _is_peer(twin: os_socket.socket, where: Endpoint) -> bool:
-    """Whether a socket's other end is what an endpoint names; a host name is taken to name any address."""
-    peer = twin.getpeername()
-    if twin.family == os_socket.AF_UNIX:
-        return where.scheme == "ipc" and bool(peer == where.path)
-    if where.scheme != "tcp" or twin.family not in (os_socket.AF_INET, os_socket.AF_INET6):
-        return False
-    if peer[1] != where.port:
-        return False
-    is_numeric = where.is_ipv6 or where.host.replace(".", "").isdigit()
-    return not is_numeric or where.is_ipv6 or bool(peer[0].removeprefix("::ffff:") == where.host)
 
 
 def _descriptor(socket: _Socket) -> int:
@@ -952,30 +910,3 @@ def _close(source: _Source) -> None:
     source.socket.monitor(None, 0)
     source.socket.close(0)
     source.monitor.close()
-
-
-def _check(settings: TransportSettings) -> None:
-    if not settings.keys:
-        raise ConfigError(
-            "the zmq transport needs keys: give the cluster a secret (`coordlib keys new` makes one)"
-        )
-    for keys in settings.keys:
-        for key in (keys.server_public, keys.server_secret, keys.client_public, keys.client_secret):
-            if len(key) != _KEY_SIZE:
-                raise ConfigError(f"a key has {_KEY_SIZE} bytes, not {len(key)}")
-    for name in (
-        "frame_size_bytes_max",
-        "handshake_timeout_ms",
-        "heartbeat_interval_ms",
-        "heartbeat_timeout_ms",
-        "reconnect_interval_ms",
-        "reconnect_interval_ms_max",
-        "control_queue_frames_max",
-        "bulk_queue_frames_max",
-    ):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    if not zmq.has("curve"):
-        raise ConfigError(
-            "this build of libzmq has no CURVE; install pyzmq from its wheel (`pip install pyzmq`)"
-        )

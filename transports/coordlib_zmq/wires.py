@@ -67,7 +67,8 @@ class Wire:
 
     def settle(self) -> int:
         """Take off what has been delivered since the last sample; return what is still undelivered of it."""
-        self.undelivered = max(0, self.undelivered - self.delivered)
+        # May fall below zero: some of it came in after the sample, and the next one adds it.
+        self.undelivered -= self.delivered
         self.delivered = 0
         return self.undelivered
 
@@ -92,8 +93,7 @@ class Wire:
         consumed = struct.unpack_from("=Q", info, _TCP_INFO_BYTES_RECEIVED)[0] - waiting
         grown = consumed - self._consumed - int(elapsed * _IDLE_BYTES_PER_SECOND)
         self._consumed = consumed
-        if grown > 0:
-            self.undelivered += grown
+        self.undelivered = max(0, self.undelivered + grown)
 
     def cut(self) -> bool:
         """Close the connection under libzmq, which then sees its end. False if it was gone already."""

@@ -1,14 +1,15 @@
-"""Waking a poll from another thread, with at most one system call for any number of wake-ups."""
+"""Waiting for descriptors, and waking who waits: what the loop needs from the operating system."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["Waker"]
+__all__ = ["Waker", "open_selector"]
 
 _HAS_EVENTFD: Final = hasattr(os, "eventfd")
 
@@ -32,8 +33,15 @@ def _signal_function() -> Callable[[int], object]:
 _signal: Final = _signal_function()
 
 
+def open_selector() -> Any:
+    """Return an epoll object, or the nearest thing that this system has."""
+    return select.epoll() if hasattr(select, "epoll") else _PortableEpoll()
+
+
 class Waker:
     """
+    Wakes a poll from another thread, with at most one system call for any number of wake-ups.
+
     A descriptor that becomes readable once `wake` was called, until `clear`.
 
     The descriptor is closed when the last reference goes, never earlier: a thread that is inside `wake`
@@ -72,3 +80,18 @@ class Waker:
         os.close(self.fileno)
         if self._write_fd != self.fileno:
             os.close(self._write_fd)
+
+
+class _PortableEpoll:
+    """`select.epoll` where there is none: the same few calls, over poll(2)."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self.register = self._poll.register
+        self.unregister = self._poll.unregister
+
+    def poll(self, timeout_seconds: float) -> list[tuple[int, int]]:
+        return self._poll.poll(timeout_seconds * 1000)
+
+    def close(self) -> None:
+        """There is nothing to close."""
