@@ -150,14 +150,11 @@ def test_what_is_too_large_is_refused_by_its_limit(cluster: coordlib.Cluster) ->
 def test_a_codec_stores_what_the_user_wants(cluster: coordlib.Cluster) -> None:
     """Values go through it both ways."""
 
-    class Reversed(coordlib.Codec):
-        def encode(self, value: Any) -> bytes:
-            return bytes(reversed(value.encode()))
-
-        def decode(self, data: bytes) -> Any:
-            return bytes(reversed(data)).decode()
-
-    ours = cluster.map("m", codec=Reversed())
+    codec = coordlib.Codec(
+        encode=lambda value: bytes(reversed(value.encode())),
+        decode=lambda data: bytes(reversed(data)).decode(),
+    )
+    ours = cluster.map("m", codec=codec)
     ours["k"] = "abc"
     assert ours["k"] == "abc"
     assert ours.compare_and_set("k", "abc", "d")

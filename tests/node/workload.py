@@ -36,6 +36,8 @@ class Run:
             timing=timing,
             is_sealed=is_sealed,
             reads_by_lease=seed % 4 == 3,
+            delay_ms_max=(3, 1, 30)[seed % 3],
+            disk_ms_max=(2, 0, 20)[seed // 3 % 3],
         )
         self.rng = rng = world.rng
         self.faults_ms = faults_ms
