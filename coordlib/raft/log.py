@@ -65,7 +65,8 @@ class RaftLog:
             snapshot: The newest durable one; index 0 and term 0 with the first configuration if none.
             entries: Consecutive. They may begin before the snapshot (kept for followers) and must not
                 begin later than right after it. If they contradict the snapshot or end before it, a crash
-                came between the snapshot and the log that restarts after it, and they are dropped.
+                came between the snapshot and the log that restarts after it, and they are dropped. Storage
+                must drop them too, or the next entries would follow a gap.
 
         Raises:
             InvariantViolation: There is a gap between the snapshot and the entries, or within these.

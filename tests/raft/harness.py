@@ -142,6 +142,9 @@ class Member:
             now=now,
             decode_configuration=decode_configuration,
         )
+        # As storage does: entries that a newer snapshot makes void must not come back below later ones.
+        log = self.node.log
+        disk.entries = [entry for entry in disk.entries if log.term_at(entry.index) == entry.term]
 
     def crash(self) -> None:
         self.node = None

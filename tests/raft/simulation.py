@@ -314,7 +314,8 @@ class Simulation:
         for follower, progress in core.progress.items():
             held = self.members[follower].disk
             term = log.term_at(progress.match)
-            if progress.match > held.snapshot.index and term != -1:
+            is_current = held.hard_state.term <= core.term  # a later leader may have truncated what matched
+            if progress.match > held.snapshot.index and term != -1 and is_current:
                 assert held.holds(progress.match, term), f"{follower} lacks {progress.match}"
         commit = core.commit_index
         if log.term_at(commit) == core.term and log.configuration_index <= commit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.raft.simulation import Simulation
 
-SEEDS = 60
+SEEDS = 150
 
 
 def test_random_faults_break_no_promise() -> None:
