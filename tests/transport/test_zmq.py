@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import threading
 import time
@@ -181,6 +182,33 @@ def test_close_returns_every_descriptor(server: Endpoint, client: Endpoint) -> N
     while len(os.listdir("/proc/self/fd")) > descriptors and time.monotonic() < deadline:
         server.transport.poll(0.01)
     assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+def test_connections_may_come_and_go_quickly(server: Endpoint, client: Endpoint) -> None:
+    """libzmq takes its time to forget a closed socket; the next one must not notice."""
+    bound = server.transport.bind("tcp://127.0.0.1:0")
+    for _ in range(300):
+        client.transport.disconnect(client.transport.connect(bound))
+    connection = client.transport.connect(bound)
+    pump(server, client, until=lambda: client.saw(ConnectionUp(connection)))
+    assert client.transport.counters()["dial_failed"] == 0
+
+
+def test_a_connection_that_finds_no_descriptor_is_dialled_later(server: Endpoint, client: Endpoint) -> None:
+    """Neither connect nor poll raises when the system has run out of them."""
+    bound = server.transport.bind("tcp://127.0.0.1:0")
+    client.transport.poll(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first = client.transport.connect(bound)
+    pump(server, client, until=lambda: client.saw(ConnectionUp(first)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+    try:
+        second = client.transport.connect(bound)
+        client.transport.poll(0.05)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert client.transport.counters()["dial_failed"] >= 1
+    pump(server, client, until=lambda: client.saw(ConnectionUp(second)))
 
 
 # -- waiting ---------------------------------------------------------------------------------------

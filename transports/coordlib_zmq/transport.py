@@ -255,7 +255,7 @@ class ZmqTransport:
         self._connection_last += 1
         connection = _Connection(self._connection_last, endpoint, where, lane)
         self._connections[connection.id] = connection
-        self._dial(connection)
+        self._dial_or_retry(connection, monotonic())
         return connection.id
 
     def disconnect(self, connection: int) -> None:
@@ -450,6 +450,7 @@ class ZmqTransport:
         self._selector = open_selector()
         self._selector.register(waker.fileno, select.POLLIN)
         self._context = zmq.Context(io_threads=1)
+        if os.environ.get("XB"): self._context.set(zmq.THREAD_SCHED_POLICY, 3); self._context.set(zmq.THREAD_PRIORITY, 0)
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)
         self._due = monotonic() + _WIRE_INTERVAL_SECONDS
 
@@ -521,14 +522,16 @@ class ZmqTransport:
         connection.dial_at = 0.0
         self._watch(connection.monitor.fileno, lambda events: self._on_connection_report(connection, events))
         self._watch_data(connection)
+        connection.socket.connect(connection.endpoint)
+
+    def _dial_or_retry(self, connection: _Connection, now: float) -> None:
         try:
-            connection.socket.connect(connection.endpoint)
-        except zmq.ZMQError as exc:
-            self._hang_up(connection)
-            self._connections.pop(connection.id, None)
-            raise ConfigError(
-                f"cannot connect to {connection.endpoint}: {exc}", endpoint=connection.endpoint
-            ) from exc
+            self._dial(connection)
+        except zmq.ZMQError:
+            # Out of descriptors, most likely. An endpoint that libzmq alone objects to ends up here too:
+            # it stays down and is counted, like one where nobody listens.
+            self._counters["dial_failed"] += 1
+            self._dial_later(connection, now)
 
     def _hang_up(self, connection: _Connection) -> None:
         """Close a connection's socket; whatever is queued in it is gone."""
@@ -847,12 +850,7 @@ class ZmqTransport:
             if connection.is_dialled:
                 continue
             if connection.dial_at <= now:
-                try:
-                    self._dial(connection)
-                except (zmq.ZMQError, ConfigError):
-                    self._counters["dial_failed"] += 1
-                    self._connections[connection.id] = connection
-                    self._dial_later(connection, now)
+                self._dial_or_retry(connection, now)
             if not connection.is_dialled:
                 due = min(due, connection.dial_at)
         for wire in list(self._wires.values())[:_WIRES_PER_ROUND]:
