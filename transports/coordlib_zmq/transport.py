@@ -450,7 +450,6 @@ class ZmqTransport:
         self._selector = open_selector()
         self._selector.register(waker.fileno, select.POLLIN)
         self._context = zmq.Context(io_threads=1)
-        if os.environ.get("XB"): self._context.set(zmq.THREAD_SCHED_POLICY, 3); self._context.set(zmq.THREAD_PRIORITY, 0)
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)
         self._due = monotonic() + _WIRE_INTERVAL_SECONDS
 
