@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -241,6 +242,27 @@ def test_a_malformed_message_of_a_peer_is_dropped(
         pump(service.server, until=lambda: service.server.frames)
         assert service.server.frames == [b"proper"]
         assert service.server.transport.counters()[counter] == 1
+    service.serves_the_good_peer()
+
+
+def test_a_stream_of_malformed_messages_does_not_keep_the_caller(service: Service) -> None:
+    """A poll that has dropped its fill returns, with nothing, long before its timeout."""
+    service.server.events += service.server.transport.poll(0)
+    with _libzmq(zmq.DEALER) as raw:
+        raw.setsockopt(zmq.SNDHWM, 10_000)
+        raw.connect(service.bound)
+        raw.send(b"first")
+        pump(service.server, until=lambda: service.server.frames)
+        for _ in range(3000):
+            raw.send(b"")
+        raw.send(b"last")
+        longest = 0.0
+        while service.server.frames[-1] != b"last":
+            started = time.monotonic()
+            service.server.events += service.server.transport.poll(5)
+            longest = max(longest, time.monotonic() - started)
+        assert longest < 4
+        assert service.server.transport.counters()["malformed_empty"] == 3000
     service.serves_the_good_peer()
 
 

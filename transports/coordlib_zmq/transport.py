@@ -371,7 +371,9 @@ class ZmqTransport:
             now = monotonic()
             if now >= self._due:
                 self._housekeep(now, events)
-            if events or is_woken or now >= deadline:
+            # Also when all there was had to be dropped: a flood of nothing must not keep the caller.
+            is_full = self._frames_left <= 0 or self._bytes_left <= 0
+            if events or is_woken or is_full or now >= deadline:
                 return events
 
     def wake(self) -> None:
