@@ -369,6 +369,13 @@ def test_committed_entries_are_never_in_conflict() -> None:
     assert (reply.is_success, reply.match_index) == (True, 2)
 
 
+def test_a_follower_commits_only_what_the_message_has_shown_to_match() -> None:
+    """Fig. 2: "set commitIndex = min(leaderCommit, index of last new entry)", not of the last entry held."""
+    node = make_node("b", ABC, term=3, entries=log_of(1, 2, 2))
+    node.step("a", AppendEntries(3, 1, 1, 3, 0, ()))
+    assert (node.commit_index, node.last_index) == (1, 3)
+
+
 def test_an_answer_leaves_after_the_entries_are_durable() -> None:
     """Fig. 2: "log[]" is persistent state, "updated on stable storage before responding to RPCs"."""
     node = make_node("b", ABC, term=1)

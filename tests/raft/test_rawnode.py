@@ -338,6 +338,24 @@ def test_readies_become_durable_in_order() -> None:
     assert node.commit_index == 3
 
 
+def test_an_entry_that_comes_again_is_durable_when_its_own_write_is() -> None:
+    """
+    The disk still has the first write of entry (1, term 1), then its replacement, then the second before it.
+
+    Were the first to count for the second, a crash after the replacement would lose what was acknowledged.
+    """
+    node = make_node("b", ABC)
+    outstanding = []
+    for leader, term, entry_term in (("a", 1, 1), ("c", 2, 2), ("a", 3, 1)):
+        node.step(leader, AppendEntries(term, 0, 0, 0, 0, tuple(log_of(entry_term))))
+        outstanding.append(node.ready())
+    stable = []
+    for ready in outstanding:
+        answers = node.persisted(ready)
+        stable.append((node.log.stable_index, len(answers)))
+    assert stable == [(0, 0), (0, 0), (1, 1)]
+
+
 def test_promises_of_a_term_that_is_over_are_dropped() -> None:
     """An acknowledgement that waited for the disk while the term changed is of no use to anybody."""
     node = make_node("b", ABC, term=1)
@@ -468,6 +486,29 @@ def test_a_transfer_ends_with_leadership() -> None:
     node.tick(node.deadline)
     lead(node, "b")
     node.propose(b"x")
+
+
+def test_no_lease_in_a_term_in_which_another_was_told_to_campaign() -> None:
+    """TimeoutNow may arrive long after the transfer was given up, and skips the silence that leases need."""
+    node = lead(make_node("a", ABC, reads_by_lease=True), "b")
+
+    def read_by_lease() -> bool:
+        node.tick(node.now + 50)
+        beats = [m.round for to, m in drain(node) if to == "b" and isinstance(m, Heartbeat)]
+        node.step("b", HeartbeatReply(node.term, beats[-1]))
+        drain(node)
+        node.request_read("r")
+        node.tick(node.now)
+        ready = node.ready()
+        node.persisted(ready)
+        return bool(ready.reads)
+
+    assert read_by_lease()
+    assert node.transfer_leadership("b")
+    for _ in range(10):
+        assert not read_by_lease()
+    assert not node.is_transferring
+    assert not read_by_lease()
 
 
 def test_a_learner_is_no_target_of_a_transfer() -> None:
