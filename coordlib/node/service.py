@@ -140,7 +140,7 @@ class RequestService:
             self._deadlines[session.session] = now + remaining
             if session.remaining_ms is not None:
                 self._checkpointed.add(session.session)
-        self._next_expiry = min(self._deadlines.values(), default=_NEVER)
+        self._next_expiry = now  # look at them at once: when to log the silence of which
         held, self._held = self._held, []
         for source, request in held:
             self._handle(source, request, now)
@@ -352,7 +352,7 @@ class RequestService:
             elif isinstance(effect, SessionOpened):
                 if self.is_ready:
                     self._deadlines[effect.session] = now + effect.ttl_ms
-                    self._next_expiry = min(self._next_expiry, now + effect.ttl_ms)
+                    self._next_expiry = min(self._next_expiry, now + effect.ttl_ms - effect.ttl_ms // 2)
             elif isinstance(effect, SessionEnded):
                 self._session_ended(effect.session)
 
