@@ -1,0 +1,55 @@
+"""log_time: monotone whatever the clocks do, and slowly right."""
+
+from __future__ import annotations
+
+import random
+
+from coordlib.node.logtime import GAP_MS_MAX, LogClock
+
+
+def test_it_advances_with_the_leaders_clock() -> None:
+    """Without anybody's wall clock too."""
+    clock = LogClock(5000, 100, 2)
+    assert [clock.read(now) for now in (100, 150, 150, 1100)] == [5000, 5050, 5050, 6000]
+
+
+def test_it_never_goes_back() -> None:
+    """Neither when a clock is set back, nor when ours stands still."""
+    rng = random.Random(1)
+    clock, now, last = LogClock(10_000, 0, 2), 0, 0
+    for _ in range(2000):
+        now += rng.randint(-5, 300)
+        clock.observe(rng.choice("abc"), rng.choice((0, 10_000 + now, 10**13)), now)
+        read = clock.read(now)
+        assert read >= last
+        last = read
+
+
+def test_it_is_slewed_toward_the_median_by_a_tenth_at_most() -> None:
+    """One voter's wrong clock moves nothing."""
+    clock = LogClock(1_000_000, 0, 2)
+    for voter, wall in (("a", 1_005_000), ("b", 1_005_000), ("c", 10**13)):
+        clock.observe(voter, wall, 0)
+    assert clock.read(1000) == 1_001_100
+    clock = LogClock(1_005_000, 0, 2)
+    for voter in "abc":
+        clock.observe(voter, 1_000_000, 0)
+    assert clock.read(1000) == 1_005_900
+
+
+def test_a_jump_forward_needs_a_quorum() -> None:
+    """As after a long stop of the whole cluster."""
+    target = 1_000_000 + 2 * GAP_MS_MAX
+    clock = LogClock(1_000_000, 0, 2)
+    clock.observe("a", target, 0)
+    assert clock.read(0) == 1_000_000
+    clock.observe("b", target, 0)
+    assert clock.read(0) == target
+
+
+def test_a_new_cluster_begins_at_the_time_of_a_quorum() -> None:
+    """Not in 1970."""
+    clock = LogClock(0, 0, 2)
+    clock.observe("a", 1_700_000_000_000, 0)
+    clock.observe("b", 1_700_000_000_100, 0)
+    assert clock.read(0) >= 1_700_000_000_000
