@@ -15,7 +15,7 @@ from typing import Final, Protocol, TypeAlias, TypeVar
 from coordlib.errors import ClusterClosed, CommitTimeout, CoordError, ForkedError, NoQuorum, NotStarted
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.session import Call, SessionView
-from coordlib.node.waiting import AsyncCall, ThreadCall
+from coordlib.node.waiting import AsyncCall, LoopWatch, ThreadCall
 from coordlib.wire.messages import RequestKind
 
 __all__ = ["Engine", "OpGen", "Step", "arun", "run"]
@@ -66,6 +66,8 @@ class Engine(Protocol):
     pid: int
 
     def submit(self, call: Call) -> None: ...
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch: ...
 
     @property
     def view(self) -> SessionView: ...
@@ -144,12 +146,10 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
                 continue
             call = AsyncCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
             step.call = call
-            timer: asyncio.TimerHandle | None = None
+            watch = engine.watch(call.loop)
+            watch.add(call)
             try:
                 engine.submit(call)
-                if step.deadline_ms < FOREVER_MS:
-                    wait = max(0, step.deadline_ms - monotonic_ms()) / 1000 + GRACE_SECONDS
-                    timer = call.loop.call_later(wait, _give_up, call)
                 await call.future
                 error = call.error
                 if error is None and call.reply is None:
@@ -162,8 +162,7 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
                 step = operation.throw(interrupt)
                 continue
             finally:
-                if timer is not None:
-                    timer.cancel()
+                watch.discard(call)
             step = operation.throw(error) if error is not None else operation.send(call.reply or b"")
     except StopIteration as stop:
         result: T = stop.value
@@ -179,8 +178,3 @@ def _abandon(engine: Engine, operation: OpGen[T]) -> None:
         operation.close()
     except (StopIteration, asyncio.CancelledError):
         pass
-
-
-def _give_up(call: AsyncCall) -> None:
-    if not call.future.done():
-        call.future.set_result(None)

@@ -7,6 +7,7 @@ are woken in one batch. While a round is on the disk the next batch gathers in t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
@@ -14,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from coordlib.config import ClientSettings, MemberSettings
 from coordlib.errors import (
@@ -31,7 +33,7 @@ from coordlib.node.effects import Effects, LogEvent
 from coordlib.node.kernel import MemberKernel
 from coordlib.node.links import Links
 from coordlib.node.session import Call, SessionState, SessionView
-from coordlib.node.waiting import wake_all
+from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.storage.base import LogStorage
 from coordlib.transport.base import Lane, Transport, TransportKeys, TransportSettings
 from coordlib.transport.registry import find_transport
@@ -73,6 +75,7 @@ class Driver:
         self._links: Links | None = None
         self._kernel: MemberKernel | ClientKernel | None = None
         self._listeners: list[SessionListener] = []
+        self._watches: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWatch] = WeakKeyDictionary()
         self._late_warned_ms = 0
         self.late_ms_max = 0
 
@@ -137,6 +140,13 @@ class Driver:
             self._end_submitted()
         else:
             self._wake()
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
+        """What ends the calls of an event loop if this node does not. Only from within that loop."""
+        watch = self._watches.get(loop)
+        if watch is None:
+            watch = self._watches[loop] = LoopWatch(loop)
+        return watch
 
     def ask(self, question: Callable[[], Any], timeout_seconds: float) -> Any:
         """Run a quick question in the node thread, where the kernel can be looked at, and return its answer."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable
+from typing import Final
 
+from coordlib.node.clock import monotonic_ms
 from coordlib.node.session import Call, SessionView
 
-__all__ = ["AsyncCall", "ThreadCall", "wake_all"]
+__all__ = ["AsyncCall", "LoopWatch", "ThreadCall", "wake_all"]
+
+WATCH_SECONDS: Final = 0.25
 
 
 class ThreadCall(Call):
@@ -65,3 +69,34 @@ def wake_all(calls: Iterable[Call]) -> None:
         except RuntimeError:
             # The loop was closed: nobody waits there any more.
             pass
+
+
+class LoopWatch:
+    """
+    Ends the calls of one event loop whose node does not: a stalled node thread keeps no task waiting for ever.
+
+    One timer for the loop, however many calls: a timer for each would cost more than the call.
+    """
+
+    __slots__ = ("_calls", "_loop", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._calls: set[AsyncCall] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, call: AsyncCall) -> None:
+        self._calls.add(call)
+        if self._timer is None:
+            self._timer = self._loop.call_later(WATCH_SECONDS, self._look)
+
+    def discard(self, call: AsyncCall) -> None:
+        self._calls.discard(call)
+
+    def _look(self) -> None:
+        overdue = monotonic_ms() - round(WATCH_SECONDS * 1000)
+        for call in list(self._calls):
+            if call.deadline_ms < overdue and not call.future.done():
+                call.future.set_result(None)
+        # Not kept running for nothing: a loop that waits for its last timer should end.
+        self._timer = self._loop.call_later(WATCH_SECONDS, self._look) if self._calls else None
