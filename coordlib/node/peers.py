@@ -137,16 +137,17 @@ class Peers:
                     self.identity.cluster_uuid, self.identity.disks
                 )
             return self._try_to_form()
-        self._check_own_disk(announce.known_disks)
-        if not self.is_formed:
-            return None  # it sends FORM as soon as it has heard from us
-        if announce.cluster_uuid != self.identity.cluster_uuid:
+        if self.is_formed and announce.cluster_uuid != self.identity.cluster_uuid:
+            # What another cluster knows of disks says nothing about ours: a stranger must not stop a healthy member.
             peer.problem = (
                 f"member {name!r} belongs to another cluster ({announce.cluster_uuid.hex()[:12]}) than this node "
                 f"({self.identity.cluster_uuid.hex()[:12]}): one of them runs with the wrong data_dir"
             )
             self._say(logging.ERROR, "cluster.differs", peer.problem, peer=name)
             return None
+        self._check_own_disk(announce.known_disks)
+        if not self.is_formed:
+            return None  # it sends FORM as soon as it has heard from us
         return self._judge_disk(name, announce)
 
     def heard_form(self, name: str, form: Form) -> DiskIdentity | None:
