@@ -1,0 +1,200 @@
+"""How a cluster forms, who may join, and whose disk is refused: real kernels in the simulated world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from coordlib.errors import StartError
+from coordlib.testing.disk import SimulatedFileSystem
+from coordlib.testing.harness import MemberProcess, World
+
+PATIENCE_MS = 15_000
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with World(1) as world:
+        yield world
+
+
+def all_work(world: World) -> bool:
+    return all(process.kernel.has_usable_leader for process in world.up_members)
+
+
+def formed(world: World) -> set[bytes]:
+    """The ids of the clusters that there are."""
+    return {p.kernel.peers.identity.cluster_uuid for p in world.up_members if p.kernel.is_formed}
+
+
+def event_names(process: MemberProcess) -> list[str]:
+    return [event.name for event in process.events]
+
+
+def only_fatal(world: World, name: str, word: str) -> None:
+    """This member, and no other, stopped with a message that has the word."""
+    assert [found for found, _ in world.fatal] == [name], world.fatal
+    error = world.fatal[0][1]
+    assert isinstance(error, StartError)
+    assert word in str(error)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_empty_members_form_one_cluster(count: int) -> None:
+    """All of them, with everybody's disk written down."""
+    with World(3, members=count) as world:
+        world.start_all()
+        assert world.run(PATIENCE_MS, lambda: all_work(world))
+        assert len(formed(world)) == 1
+        disks = {dict(p.kernel.peers.disks)[name] for p in world.up_members for name in world.members}
+        assert len(disks) == count
+
+
+def test_nothing_forms_while_one_member_is_missing(world: World) -> None:
+    """It might be the one that belongs to a cluster already. When it comes, all goes on."""
+    for name in ("n1", "n2"):
+        world.start_member(name)
+    world.run(PATIENCE_MS)
+    assert formed(world) == set()
+    assert world.member("n1").kernel.peers.missing() == ["member 'n3' has not answered"]
+    world.start_member("n3")
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+
+
+def test_bootstrap_forms_with_a_quorum(world: World) -> None:
+    """And the one that comes later joins, its disk being recorded through the log."""
+    world.start_member("n1", bootstrap=True)
+    world.start_member("n2")
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    late = world.start_member("n3")
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    assert len(formed(world)) == 1
+    disk = late.kernel.peers.identity.disk_id
+    assert world.run(5000, lambda: all(p.kernel.peers.disks.get("n3") == disk for p in world.up_members))
+
+
+def test_bootstrap_alone_forms_nothing(world: World) -> None:
+    """One of three is no quorum."""
+    world.start_member("n2", bootstrap=True)
+    world.run(PATIENCE_MS)
+    assert formed(world) == set()
+
+
+def test_two_that_bootstrap_form_one_cluster(world: World) -> None:
+    """Whoever wants to, the lowest name does."""
+    for name in world.members:
+        world.start_member(name, bootstrap=True)
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    assert len(formed(world)) == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_crashes_in_the_middle_of_forming_leave_one_cluster(seed: int) -> None:
+    """Whatever was on the disks of whom."""
+    with World(seed) as world:
+        world.start_all()
+        for _ in range(4):
+            victim = world.rng.choice(world.up_members)
+            victim.crash_within(12)
+            world.run(world.rng.randint(1, 60))
+            if victim.is_up:
+                victim.crash()
+            world.run(world.rng.randint(1, 100))
+            world.start_member(victim.name)
+        assert world.run(PATIENCE_MS, lambda: all_work(world)), [
+            p.kernel.peers.missing() for p in world.up_members
+        ]
+        assert len(formed(world)) == 1
+        assert world.fatal == []
+
+
+def test_a_wiped_disk_is_refused(world: World) -> None:
+    """What it had promised is lost; the error names the remedy, and the others go on."""
+    world.start_all()
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    world.member("n2").kill()
+    world.disks["n2"] = SimulatedFileSystem()
+    world.start_member("n2")
+    world.run(3000)
+    only_fatal(world, "n2", "wiped")
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+
+
+def test_a_wiped_majority_does_not_form_a_new_cluster(world: World) -> None:
+    """One that remembers is enough to refuse."""
+    world.start_all()
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    (cluster,) = formed(world)
+    for name in ("n1", "n2"):
+        world.member(name).kill()
+        world.disks[name] = SimulatedFileSystem()
+        world.start_member(name)
+    world.run(PATIENCE_MS)
+    assert {name for name, _ in world.fatal} == {"n1", "n2"}
+    assert formed(world) == {cluster}
+
+
+def test_a_member_of_another_cluster_is_told_apart(world: World) -> None:
+    """Nobody joins it, nobody stops because of it, and both say why."""
+    world.start_all()
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    with World(2) as other:
+        other.start_all()
+        assert other.run(PATIENCE_MS, lambda: all_work(other))
+        other.member("n3").kill()
+        stranger = other.disks["n3"]
+    world.member("n3").kill()
+    world.disks["n3"] = stranger
+    lost = world.start_member("n3")
+    world.run(3000)
+    assert world.fatal == []
+    assert [process.name for process in world.up_members if process.kernel.has_usable_leader] == ["n1", "n2"]
+    for process, peer in ((world.member("n1"), "n3"), (lost, "n1")):
+        assert "belongs to another cluster" in process.kernel.peers.known[peer].problem
+
+
+def test_members_with_different_lists_do_not_form(world: World) -> None:
+    """And name the difference."""
+    for name in ("n1", "n2"):
+        world.start_member(name)
+    names = world.members
+    world.members = {**names, "n4": "memory://n4"}
+    world.start_member("n3")
+    world.members = names
+    world.run(PATIENCE_MS)
+    assert formed(world) == set()
+    assert "members.differ" in event_names(world.member("n1"))
+    assert "another list of members" in world.member("n1").kernel.peers.missing()[-1]
+
+
+def test_a_disk_that_is_behind_its_word_does_not_elect_a_leader(world: World) -> None:
+    """
+    Its old copy was put back: it has forgotten what it acknowledged, and its vote could lose it.
+
+    It catches up from the others and counts again.
+    """
+    world.start_all()
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    world.run(500)
+    member = world.member("n2")
+    old = world.disks["n2"].clone()
+    client = world.start_client("c1")
+    assert world.run(5000, lambda: client.kernel.has_usable_leader)
+    world.run(500)
+    member.kill()
+    world.disks["n2"] = old
+    world.start_member("n2")
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    others = [world.member(name) for name in ("n1", "n3")]
+    assert any("disk.behind" in event_names(process) for process in others)
+    leader = world.leader
+    assert leader is not None
+    assert world.run(
+        5000,
+        lambda: (
+            world.member("n2").kernel.machine.applied_index == leader.kernel.machine.applied_index
+            and not any(p.kernel.peers.known["n2"].is_behind for p in others)
+        ),
+    )
+    assert world.fatal == []
