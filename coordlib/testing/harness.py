@@ -36,280 +36,20 @@ from coordlib.raft.messages import Entry
 from coordlib.storage import SegmentStorage
 from coordlib.storage.base import Persist
 from coordlib.testing.disk import CrashNow, SimulatedFileSystem
-from coordlib.transport.base import (
-    ConnectionDown,
-    ConnectionUp,
-    FrameReceived,
-    Lane,
-    TransportEvent,
-)
-from coordlib.wire.channel import (
-    ChannelIdentity,
-    Established,
-    HelloAccepted,
-    Initiator,
-    Opened,
-    RehelloWanted,
-    Rejected,
-    RejectFrame,
-    Responder,
-)
-from coordlib.wire.faults import UnknownSession
+from coordlib.testing.network import CLUSTER, PlainLinks, SimulatedTransport
+from coordlib.transport.base import Lane
+from coordlib.wire.channel import ChannelIdentity
 from coordlib.wire.keys import ClusterKeys
 
 __all__ = ["ClientProcess", "MemberProcess", "Operation", "Process", "World"]
 
-CLUSTER = "simulated"
 WALL_MS = 1_700_000_000_000
 KEEPALIVE_MS = 700  # how long a cut connection lives
-QUEUE_FRAMES_MAX = 1000
 
 
 @lru_cache(maxsize=1)
 def _keys() -> ClusterKeys:
     return ClusterKeys.from_secrets(("a secret that is long enough for a simulation",), CLUSTER)
-
-
-# -- the network -------------------------------------------------------------------------------------------
-
-
-class _Link:
-    """A connection that a transport keeps up: its frames arrive in order while it lives."""
-
-    __slots__ = ("arrivals", "dialer", "endpoint", "epoch", "id", "lane", "listener", "route")
-
-    def __init__(self, dialer: SimulatedTransport, id: int, endpoint: str, lane: str) -> None:
-        self.dialer = dialer
-        self.id = id
-        self.endpoint = endpoint
-        self.lane = lane
-        self.listener: SimulatedTransport | None = None  # while it is up
-        self.route = b""
-        self.epoch = 0
-        self.arrivals = [0, 0]  # when the last frame of each direction arrives
-
-
-class SimulatedTransport:
-    """A `Transport` whose wires are the world's. Frames are lost only with their connection."""
-
-    def __init__(self, world: World, process: _Process) -> None:
-        self.world = world
-        self.process = process
-        self.inbox: list[TransportEvent] = []
-        self.links: dict[int, _Link] = {}
-        self.routes: dict[bytes, _Link] = {}
-
-    def bind(self, endpoint: str) -> str:
-        self.world.listeners[endpoint] = self
-        return endpoint
-
-    def connect(self, endpoint: str, lane: str = Lane.CONTROL) -> int:
-        id = len(self.links) + 1
-        self.links[id] = link = _Link(self, id, endpoint, lane)
-        self.world.after(self.world.delay(), lambda: self._dial(link))
-        return id
-
-    def _dial(self, link: _Link) -> None:
-        world = self.world
-        if not self.process.is_up:
-            return
-        listener = world.listeners.get(link.endpoint)
-        if listener is None or world.is_cut(self, listener) or world.is_cut(listener, self):
-            world.after(world.rng.randint(30, 150), lambda: self._dial(link))
-            return
-        link.listener = listener
-        link.epoch += 1
-        link.route = b"route-%d" % world.next_serial()
-        listener.routes[link.route] = link
-        self._receive(ConnectionUp(link.id))
-
-    def reset(self, link: _Link) -> None:
-        """Lose a connection, with some of what is under way on it; it is dialled again."""
-        if link.listener is None:
-            return
-        link.listener.routes.pop(link.route, None)
-        link.listener = None
-        link.epoch += 1
-        if self.process.is_up:
-            self._receive(ConnectionDown(link.id))
-            self.world.after(self.world.rng.randint(20, 120), lambda: self._dial(link))
-
-    def _receive(self, event: TransportEvent) -> None:
-        if self.process.is_up:
-            self.inbox.append(event)
-            self.process.wake()
-
-    def disconnect(self, connection: int) -> None:
-        link = self.links.pop(connection, None)
-        if link is not None and link.listener is not None:
-            link.listener.routes.pop(link.route, None)
-            link.listener = None
-            link.epoch += 1
-
-    def send(self, connection: int, frame: bytes) -> bool:
-        self.process.count_effect()
-        link = self.links.get(connection)
-        if link is None or link.listener is None:
-            return False
-        event = FrameReceived(0, link.route, frame)
-        self._carry(link, 0, self, link.listener, event)
-        return True
-
-    def reply(self, route: bytes, frame: bytes) -> bool:
-        self.process.count_effect()
-        link = self.routes.get(route)
-        if link is None:
-            return False
-        self._carry(link, 1, self, link.dialer, FrameReceived(link.id, b"", frame))
-        return True
-
-    def _carry(
-        self, link: _Link, direction: int, source: SimulatedTransport, to: SimulatedTransport, event: Any
-    ) -> None:
-        world = self.world
-        at = max(world.now + self.process.lag_ms + world.delay(), link.arrivals[direction])
-        link.arrivals[direction] = at
-        epoch = link.epoch
-
-        def arrive() -> None:
-            if not to.process.is_up:
-                return
-            if link.epoch != epoch:
-                # Of a connection that is gone: lost, or it was read already and is only late.
-                if world.rng.random() < 0.3 and not world.is_cut(source, to):
-                    to._receive(event)
-                return
-            if world.is_cut(source, to):
-                link.arrivals[direction] = max(link.arrivals[direction], world.now + 20)
-                world.at(world.now + 20, arrive)
-                return
-            to._receive(event)
-
-        world.at(at, arrive)
-
-    def drop_route(self, route: bytes) -> None:
-        link = self.routes.get(route)
-        if link is not None:
-            link.dialer.reset(link)
-
-    def poll(self, timeout_seconds: float) -> list[TransportEvent]:
-        events, self.inbox = self.inbox, []
-        return events
-
-    def wake(self) -> None:
-        self.process.wake()
-
-    def close(self) -> None:
-        """The process ended: everybody who was connected notices."""
-        world = self.world
-        for endpoint in [e for e, transport in world.listeners.items() if transport is self]:
-            del world.listeners[endpoint]
-        for link in list(self.routes.values()):
-            world.after(world.delay(), lambda link=link: link.dialer.reset(link))  # type: ignore[misc]  # bound now
-        for link in self.links.values():
-            if link.listener is not None:
-                link.listener.routes.pop(link.route, None)
-                link.listener = None
-        self.routes.clear()
-
-    def after_fork_in_child(self) -> None:
-        """Simulated processes do not fork."""
-
-    def counters(self) -> dict[str, int]:
-        return {}
-
-
-# -- connections without sealing ---------------------------------------------------------------------------
-
-
-class _PlainInitiator(Initiator):
-    """The handshake and its outcomes, without the cryptography: the identity is sent as it is."""
-
-    __slots__ = ("_peer", "_token")
-
-    def hello(self, *, is_rekey: bool = False) -> bytes:
-        self._peer: ChannelIdentity | None = None
-        self._token = self._random_bytes(8)
-        identity = self._identity
-        numbers = identity.incarnation.to_bytes(8, "big") + bytes([identity.is_member])
-        return b"H" + self._token + numbers + identity.disk_id.ljust(16, b"\0") + identity.node.encode()
-
-    def seal(self, plaintext: bytes) -> bytes:
-        return b"D" + self._token + plaintext
-
-    def needs_rekey(self, age_seconds: float = 0.0) -> bool:
-        return False
-
-    def receive(self, frame: bytes) -> Established | Opened | Rejected | RehelloWanted:
-        if frame[1:9] != self._token:
-            raise UnknownSession("of a connection that is over")
-        if frame[:1] == b"W":
-            self._peer = _identity_of(frame)
-            return Established(self._peer)
-        if frame[:1] == b"R":
-            return RehelloWanted()
-        if self._peer is None:
-            raise UnknownSession("before the welcome")
-        return Opened(self._peer, frame[9:], False)
-
-
-class _PlainResponder(Responder):
-    __slots__ = ("_tokens",)
-
-    def __init__(self, identity: ChannelIdentity) -> None:
-        self._identity = identity
-        self._tokens: dict[bytes, list[Any]] = {}  # route -> [token, peer, is live]
-
-    def seal(self, route: bytes, plaintext: bytes) -> bytes:
-        session = self._tokens.get(route)
-        if session is None:
-            raise UnknownSession("no session on this route")
-        return b"D" + bytes(session[0]) + plaintext
-
-    def drop(self, route: bytes) -> None:
-        self._tokens.pop(route, None)
-
-    def wipe(self) -> None:
-        self._tokens.clear()
-
-    def receive(self, route: bytes, frame: bytes) -> HelloAccepted | Opened | RejectFrame:
-        if frame[:1] == b"H":
-            peer = _identity_of(frame)
-            self._tokens[route] = [frame[1:9], peer, False]
-            ours = self._identity
-            numbers = ours.incarnation.to_bytes(8, "big") + bytes([ours.is_member])
-            welcome = b"W" + frame[1:9] + numbers + ours.disk_id.ljust(16, b"\0") + ours.node.encode()
-            return HelloAccepted(welcome, peer)
-        session = self._tokens.get(route)
-        if session is None or session[0] != frame[1:9]:
-            return RejectFrame(b"R" + frame[1:9], "unknown-session", "a session that this node does not have")
-        is_first = not session[2]
-        session[2] = True
-        return Opened(session[1], frame[9:], is_first)
-
-
-def _identity_of(frame: bytes) -> ChannelIdentity:
-    incarnation = int.from_bytes(frame[9:17], "big")
-    disk_id = frame[18:34].rstrip(b"\0")
-    return ChannelIdentity(CLUSTER, frame[34:].decode(), incarnation, bool(frame[17]), disk_id)
-
-
-class _PlainLinks(Links):
-    """Production links over connections that are not sealed."""
-
-    def __init__(
-        self, transport: SimulatedTransport, keys: ClusterKeys, identity: ChannelIdentity, **more: Any
-    ):
-        super().__init__(transport, keys, identity, **more)
-        self._responder = _PlainResponder(identity)
-
-    def connect(self, endpoint: str, name: str = "", lanes: Sequence[str] = (Lane.CONTROL,)) -> None:
-        super().connect(endpoint, name, lanes)
-        for connection in self._connections.values():
-            if not isinstance(connection.initiator, _PlainInitiator):
-                connection.initiator = _PlainInitiator(
-                    self._keys, self._identity, expected_peer=None, random_bytes=self._random_bytes
-                )
 
 
 # -- processes ---------------------------------------------------------------------------------------------
@@ -325,7 +65,10 @@ class Operation:
     """An operation of the API under way in a simulated process. `result` or `error` is set at its end."""
 
     def __init__(
-        self, process: _Process, generator: Generator[Any, bytes, Any], done: Callable[[], None] | None
+        self,
+        process: SimulatedProcess,
+        generator: Generator[Any, bytes, Any],
+        done: Callable[[], None] | None,
     ):
         self.process = process
         self.result: Any = None
@@ -387,7 +130,7 @@ class Operation:
             self._done()
 
 
-class _Process(Driver):
+class SimulatedProcess(Driver):
     """What runs: a node with its clock, its transport and its part of the driver's loop."""
 
     world: World
@@ -438,7 +181,7 @@ class _Process(Driver):
 
     def _make_links(self, is_member: bool, disk_id: bytes, members: Sequence[str]) -> Links:
         identity = ChannelIdentity(CLUSTER, self.name, self.incarnation, is_member, disk_id)
-        make = Links if self.world.is_sealed else _PlainLinks
+        make = Links if self.world.is_sealed else PlainLinks
         return make(self.transport, _keys(), identity, members=members, random_bytes=self.world.rng.randbytes)
 
     def count_effect(self) -> None:
@@ -539,7 +282,7 @@ class _Storage(SegmentStorage):
         self.process.lag_ms += self.process.world.disk_delay()
 
 
-class MemberProcess(_Process, MemberDriver):
+class MemberProcess(SimulatedProcess, MemberDriver):
     """A member, on a disk that outlives it. Its effects are carried out by the driver's own code."""
 
     def __init__(self, world: World, name: str, fs: SimulatedFileSystem, *, bootstrap: bool = False) -> None:
@@ -597,7 +340,7 @@ class MemberProcess(_Process, MemberDriver):
         self.fs.kill()
 
 
-class ClientProcess(_Process, ClientDriver):
+class ClientProcess(SimulatedProcess, ClientDriver):
     """A client that begins with some members' addresses."""
 
     def __init__(self, world: World, name: str, endpoints: Sequence[str]) -> None:
@@ -648,7 +391,7 @@ class World:
         self.fatal: list[tuple[str, CoordError]] = []
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._serial = 0
-        self.clock_process: _Process | None = None
+        self.clock_process: SimulatedProcess | None = None
         self.on_applied: Callable[[str, Entry, Applied], None] | None = None
         self._patches = ExitStack()
 

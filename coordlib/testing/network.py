@@ -1,0 +1,281 @@
+"""The simulated network: a `Transport` on virtual wires, and connections that need no cryptography.
+
+Frames are delayed, and lost only with their connection, of which some may still arrive late, as what a busy
+receiver reads from an old socket after a new one. What is not here: when anything happens (harness.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from coordlib.node.links import Links
+from coordlib.transport.base import (
+    ConnectionDown,
+    ConnectionUp,
+    FrameReceived,
+    Lane,
+    TransportEvent,
+)
+from coordlib.wire.channel import (
+    ChannelIdentity,
+    Established,
+    HelloAccepted,
+    Initiator,
+    Opened,
+    RehelloWanted,
+    Rejected,
+    RejectFrame,
+    Responder,
+)
+from coordlib.wire.faults import UnknownSession
+from coordlib.wire.keys import ClusterKeys
+
+if TYPE_CHECKING:
+    from coordlib.testing.harness import SimulatedProcess, World
+
+__all__ = ["CLUSTER", "PlainLinks", "SimulatedTransport"]
+
+CLUSTER = "simulated"
+
+
+# -- the network -------------------------------------------------------------------------------------------
+
+
+class _Link:
+    """A connection that a transport keeps up: its frames arrive in order while it lives."""
+
+    __slots__ = ("arrivals", "dialer", "endpoint", "epoch", "id", "lane", "listener", "route")
+
+    def __init__(self, dialer: SimulatedTransport, id: int, endpoint: str, lane: str) -> None:
+        self.dialer = dialer
+        self.id = id
+        self.endpoint = endpoint
+        self.lane = lane
+        self.listener: SimulatedTransport | None = None  # while it is up
+        self.route = b""
+        self.epoch = 0
+        self.arrivals = [0, 0]  # when the last frame of each direction arrives
+
+
+class SimulatedTransport:
+    """A `Transport` whose wires are the world's. Frames are lost only with their connection."""
+
+    def __init__(self, world: World, process: SimulatedProcess) -> None:
+        self.world = world
+        self.process = process
+        self.inbox: list[TransportEvent] = []
+        self.links: dict[int, _Link] = {}
+        self.routes: dict[bytes, _Link] = {}
+
+    def bind(self, endpoint: str) -> str:
+        self.world.listeners[endpoint] = self
+        return endpoint
+
+    def connect(self, endpoint: str, lane: str = Lane.CONTROL) -> int:
+        id = len(self.links) + 1
+        self.links[id] = link = _Link(self, id, endpoint, lane)
+        self.world.after(self.world.delay(), lambda: self._dial(link))
+        return id
+
+    def _dial(self, link: _Link) -> None:
+        world = self.world
+        if not self.process.is_up:
+            return
+        listener = world.listeners.get(link.endpoint)
+        if listener is None or world.is_cut(self, listener) or world.is_cut(listener, self):
+            world.after(world.rng.randint(30, 150), lambda: self._dial(link))
+            return
+        link.listener = listener
+        link.epoch += 1
+        link.route = b"route-%d" % world.next_serial()
+        listener.routes[link.route] = link
+        self._receive(ConnectionUp(link.id))
+
+    def reset(self, link: _Link) -> None:
+        """Lose a connection, with some of what is under way on it; it is dialled again."""
+        if link.listener is None:
+            return
+        link.listener.routes.pop(link.route, None)
+        link.listener = None
+        link.epoch += 1
+        if self.process.is_up:
+            self._receive(ConnectionDown(link.id))
+            self.world.after(self.world.rng.randint(20, 120), lambda: self._dial(link))
+
+    def _receive(self, event: TransportEvent) -> None:
+        if self.process.is_up:
+            self.inbox.append(event)
+            self.process.wake()
+
+    def disconnect(self, connection: int) -> None:
+        link = self.links.pop(connection, None)
+        if link is not None and link.listener is not None:
+            link.listener.routes.pop(link.route, None)
+            link.listener = None
+            link.epoch += 1
+
+    def send(self, connection: int, frame: bytes) -> bool:
+        self.process.count_effect()
+        link = self.links.get(connection)
+        if link is None or link.listener is None:
+            return False
+        event = FrameReceived(0, link.route, frame)
+        self._carry(link, 0, self, link.listener, event)
+        return True
+
+    def reply(self, route: bytes, frame: bytes) -> bool:
+        self.process.count_effect()
+        link = self.routes.get(route)
+        if link is None:
+            return False
+        self._carry(link, 1, self, link.dialer, FrameReceived(link.id, b"", frame))
+        return True
+
+    def _carry(
+        self, link: _Link, direction: int, source: SimulatedTransport, to: SimulatedTransport, event: Any
+    ) -> None:
+        world = self.world
+        at = max(world.now + self.process.lag_ms + world.delay(), link.arrivals[direction])
+        link.arrivals[direction] = at
+        epoch = link.epoch
+
+        def arrive() -> None:
+            if not to.process.is_up:
+                return
+            if link.epoch != epoch:
+                # Of a connection that is gone: lost, or it was read already and is only late.
+                if world.rng.random() < 0.3 and not world.is_cut(source, to):
+                    to._receive(event)
+                return
+            if world.is_cut(source, to):
+                link.arrivals[direction] = max(link.arrivals[direction], world.now + 20)
+                world.at(world.now + 20, arrive)
+                return
+            to._receive(event)
+
+        world.at(at, arrive)
+
+    def drop_route(self, route: bytes) -> None:
+        link = self.routes.get(route)
+        if link is not None:
+            link.dialer.reset(link)
+
+    def poll(self, timeout_seconds: float) -> list[TransportEvent]:
+        events, self.inbox = self.inbox, []
+        return events
+
+    def wake(self) -> None:
+        self.process.wake()
+
+    def close(self) -> None:
+        """The process ended: everybody who was connected notices."""
+        world = self.world
+        for endpoint in [e for e, transport in world.listeners.items() if transport is self]:
+            del world.listeners[endpoint]
+        for link in list(self.routes.values()):
+            world.after(world.delay(), lambda link=link: link.dialer.reset(link))  # type: ignore[misc]  # bound now
+        for link in self.links.values():
+            if link.listener is not None:
+                link.listener.routes.pop(link.route, None)
+                link.listener = None
+        self.routes.clear()
+
+    def after_fork_in_child(self) -> None:
+        """Simulated processes do not fork."""
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+# -- connections without sealing ---------------------------------------------------------------------------
+
+
+class _PlainInitiator(Initiator):
+    """The handshake and its outcomes, without the cryptography: the identity is sent as it is."""
+
+    __slots__ = ("_peer", "_token")
+
+    def hello(self, *, is_rekey: bool = False) -> bytes:
+        self._peer: ChannelIdentity | None = None
+        self._token = self._random_bytes(8)
+        identity = self._identity
+        numbers = identity.incarnation.to_bytes(8, "big") + bytes([identity.is_member])
+        return b"H" + self._token + numbers + identity.disk_id.ljust(16, b"\0") + identity.node.encode()
+
+    def seal(self, plaintext: bytes) -> bytes:
+        return b"D" + self._token + plaintext
+
+    def needs_rekey(self, age_seconds: float = 0.0) -> bool:
+        return False
+
+    def receive(self, frame: bytes) -> Established | Opened | Rejected | RehelloWanted:
+        if frame[1:9] != self._token:
+            raise UnknownSession("of a connection that is over")
+        if frame[:1] == b"W":
+            self._peer = _identity_of(frame)
+            return Established(self._peer)
+        if frame[:1] == b"R":
+            return RehelloWanted()
+        if self._peer is None:
+            raise UnknownSession("before the welcome")
+        return Opened(self._peer, frame[9:], False)
+
+
+class _PlainResponder(Responder):
+    __slots__ = ("_tokens",)
+
+    def __init__(self, identity: ChannelIdentity) -> None:
+        self._identity = identity
+        self._tokens: dict[bytes, list[Any]] = {}  # route -> [token, peer, is live]
+
+    def seal(self, route: bytes, plaintext: bytes) -> bytes:
+        session = self._tokens.get(route)
+        if session is None:
+            raise UnknownSession("no session on this route")
+        return b"D" + bytes(session[0]) + plaintext
+
+    def drop(self, route: bytes) -> None:
+        self._tokens.pop(route, None)
+
+    def wipe(self) -> None:
+        self._tokens.clear()
+
+    def receive(self, route: bytes, frame: bytes) -> HelloAccepted | Opened | RejectFrame:
+        if frame[:1] == b"H":
+            peer = _identity_of(frame)
+            self._tokens[route] = [frame[1:9], peer, False]
+            ours = self._identity
+            numbers = ours.incarnation.to_bytes(8, "big") + bytes([ours.is_member])
+            welcome = b"W" + frame[1:9] + numbers + ours.disk_id.ljust(16, b"\0") + ours.node.encode()
+            return HelloAccepted(welcome, peer)
+        session = self._tokens.get(route)
+        if session is None or session[0] != frame[1:9]:
+            return RejectFrame(b"R" + frame[1:9], "unknown-session", "a session that this node does not have")
+        is_first = not session[2]
+        session[2] = True
+        return Opened(session[1], frame[9:], is_first)
+
+
+def _identity_of(frame: bytes) -> ChannelIdentity:
+    incarnation = int.from_bytes(frame[9:17], "big")
+    disk_id = frame[18:34].rstrip(b"\0")
+    return ChannelIdentity(CLUSTER, frame[34:].decode(), incarnation, bool(frame[17]), disk_id)
+
+
+class PlainLinks(Links):
+    """Production links over connections that are not sealed."""
+
+    def __init__(
+        self, transport: SimulatedTransport, keys: ClusterKeys, identity: ChannelIdentity, **more: Any
+    ):
+        super().__init__(transport, keys, identity, **more)
+        self._responder = _PlainResponder(identity)
+
+    def connect(self, endpoint: str, name: str = "", lanes: Sequence[str] = (Lane.CONTROL,)) -> None:
+        super().connect(endpoint, name, lanes)
+        for connection in self._connections.values():
+            if not isinstance(connection.initiator, _PlainInitiator):
+                connection.initiator = _PlainInitiator(
+                    self._keys, self._identity, expected_peer=None, random_bytes=self._random_bytes
+                )
