@@ -369,7 +369,6 @@ class MemberDriver(Driver):
         self._settings = settings
         self._make_storage = storage_factory
         self._also_bind = also_bind
-        self._quorum = len(settings.members) // 2 + 1
         self._storage: LogStorage | None = None
         self._disk: DiskAgent | None = None
         # Found before anything is opened: a bad secret or an unknown transport costs no port and no file.
@@ -430,19 +429,11 @@ class MemberDriver(Driver):
             effects = kernel.collect(now)
             if effects is None:
                 return
-            sends = effects.sends
-            if effects.persist is None:
-                for name, messages in sends.items():
-                    links.send(name, messages)
-            else:
-                # A quorum's worth of followers before our own write, the others after it.
-                first, later = links.split_by_need(sends, self._quorum - 1)
-                for name in first:
-                    links.send(name, sends[name])
+            for name, messages in effects.sends.items():
+                links.send(name, messages)
+            if effects.persist is not None:
                 storage.write(effects.persist)
                 kernel.persisted(now)
-                for name in later:
-                    links.send(name, sends[name])
             for route, messages in effects.client_sends.items():
                 links.reply(route, messages, kernel)
             if effects.identity is not None:

@@ -102,8 +102,6 @@ class Links:
         self._control: dict[str, _Connection] = {}  # peer -> its established control connection
         self._bulk: dict[str, _Connection] = {}
         self._attached: set[bytes] = set()
-        self._first_to_answer = ""
-        self._is_first_awaited = False
         self._last_messages: Sequence[tuple[int, Any]] = ()
         self._last_plaintext = b""
         self._incarnations: dict[str, int] = {}  # member -> its newest run
@@ -221,9 +219,6 @@ class Links:
                 self._count("stale-incarnation")
                 self._responder.drop(route)
                 return
-            if self._is_first_awaited:
-                self._is_first_awaited = False
-                self._first_to_answer = peer.node
             kernel.peer_messages(peer.node, messages, now)
             return
         if route not in self._attached:
@@ -383,21 +378,6 @@ class Links:
             return True
         self.counters["sends_dropped"] += 1
         return False
-
-    def split_by_need(
-        self, sends: dict[str, list[tuple[int, Any]]], needed: int
-    ) -> tuple[list[str], list[str]]:
-        """
-        Receivers whose answers will be needed first, and the others.
-
-        The first are those that answered first the last time this was asked. What the others are sent costs our
-        own and, on a busy machine, their time, just when the first ones' answers are waited for.
-        """
-        self._is_first_awaited = True
-        if len(sends) <= needed:
-            return list(sends), []
-        names = sorted(sends, key=self._first_to_answer.__ne__)
-        return names[:needed], names[needed:]
 
     def reply(self, route: bytes, messages: Sequence[tuple[int, Any]], kernel: MemberKernel) -> bool:
         """
