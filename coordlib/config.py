@@ -6,6 +6,7 @@ as the standard library does, and convert here. Every ConfigError names the sett
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
@@ -63,6 +64,13 @@ def milliseconds(seconds: object, setting: str, *, low: int = 1, high: int = 86_
             f"{setting} must be between {low / 1000:g} and {high / 1000:g} seconds; got {seconds!r}"
         )
     return value
+
+
+def drift_percent(bound: object) -> int:
+    """The drift bound in whole percent, rounded up."""
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound <= 0.2:
+        raise ConfigError(f"drift_bound must be between 0 and 0.2; got {bound!r}")
+    return math.ceil(round(bound * 100, 6))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,18 +132,12 @@ class Timing:
             raise ConfigError(
                 f"election_timeout is a pair (lowest, highest) in seconds; got {election_timeout!r}"
             ) from None
-        if (
-            isinstance(drift_bound, bool)
-            or not isinstance(drift_bound, int | float)
-            or not 0 <= drift_bound <= 0.2
-        ):
-            raise ConfigError(f"drift_bound must be between 0 and 0.2; got {drift_bound!r}")
         return cls(
             heartbeat_ms=milliseconds(heartbeat, "heartbeat"),
             election_ms_min=milliseconds(low, "election_timeout"),
             election_ms_max=milliseconds(high, "election_timeout"),
             session_ttl_ms=milliseconds(session_ttl, "session_ttl"),
-            drift_percent=-(-int(drift_bound * 1000) // 10),
+            drift_percent=drift_percent(drift_bound),
             request_timeout_ms=milliseconds(request_timeout, "request_timeout"),
             start_timeout_ms=milliseconds(start_timeout, "start_timeout"),
         )

@@ -21,6 +21,7 @@ from coordlib.config import (
     MemberSettings,
     Timing,
     check_secrets,
+    drift_percent,
     load_environment,
     load_file,
     milliseconds,
@@ -438,10 +439,12 @@ def _client_driver(
     session_ttl: float,
     request_timeout: float,
     start_timeout: float,
+    drift_bound: float,
     name: str,
 ) -> tuple[Callable[[], Driver], Timing]:
     addresses = endpoints.split(",") if isinstance(endpoints, str) else list(endpoints)
     timing = Timing(
+        drift_percent=drift_percent(drift_bound),
         session_ttl_ms=milliseconds(session_ttl, "session_ttl"),
         request_timeout_ms=milliseconds(request_timeout, "request_timeout"),
         start_timeout_ms=milliseconds(start_timeout, "start_timeout"),
@@ -467,6 +470,7 @@ def connect(
     session_ttl: float = 10.0,
     request_timeout: float = 10.0,
     start_timeout: float = 10.0,
+    drift_bound: float = 0.01,
     name: str = "",
 ) -> Cluster:
     """
@@ -474,10 +478,11 @@ def connect(
 
     Args:
         endpoints: Of some members ("tcp://10.0.0.1:7400,tcp://10.0.0.2:7400"); the others are learnt.
+        drift_bound: As the members are given: by how much the rates of two clocks may differ.
         name: What `coordlib status` and lock owners show; by default made from the process id.
     """
     made = _client_driver(
-        endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name
+        endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, drift_bound, name
     )
     return Cluster._of(*made)
 
@@ -491,11 +496,12 @@ def connect_async(
     session_ttl: float = 10.0,
     request_timeout: float = 10.0,
     start_timeout: float = 10.0,
+    drift_bound: float = 0.01,
     name: str = "",
 ) -> AsyncCluster:
     """`connect`, for asyncio."""
     made = _client_driver(
-        endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, name
+        endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, drift_bound, name
     )
     return AsyncCluster._of(*made)
 

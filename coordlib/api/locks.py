@@ -10,7 +10,9 @@ and LOST are ZooKeeper clients'.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -172,6 +174,7 @@ class _LockBase:
         self._request_timeout_ms = cluster._request_timeout_ms
         self._grants = cluster._grants
         self._grant: Grant | None = None
+        self._blocks: dict[object, list[Grant]] = {}  # thread or task -> its `with` blocks' grants
 
     @property
     def grant(self) -> Grant | None:
@@ -302,6 +305,20 @@ class _LockBase:
         (was,) = commands.decode_reply(reply)
         return bool(was == AcquisitionState.HELD)
 
+    def _entered(self, who: object, grant: Grant) -> Grant:
+        """A `with` block releases the grant that it got, whatever else was done with this handle meanwhile."""
+        self._blocks.setdefault(who, []).append(grant)
+        return grant
+
+    def _left(self, who: object) -> Grant:
+        grants = self._blocks[who]
+        grant = grants.pop()
+        if not grants:
+            del self._blocks[who]
+        if self._grant is grant:
+            self._grant = None
+        return grant
+
     def _take_grant(self) -> Grant:
         grant, self._grant = self._grant, None
         if grant is None:
@@ -365,16 +382,18 @@ class Lock(_LockBase):
             NotHolder: This handle does not hold it.
             LockLost: It had been lost before; somebody else may have held it meanwhile.
         """
-        grant = self._take_grant()
+        self._release(self._take_grant())
+
+    def _release(self, grant: Grant) -> None:
         if not self._cluster._run(self._release_gen(grant)):
             raise self._lost(grant)
 
     def __enter__(self) -> Grant:
-        return self.acquire(timeout=self._timeout)
+        return self._entered(threading.get_ident(), self.acquire(timeout=self._timeout))
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self.release()
+            self._release(self._left(threading.get_ident()))
         except CoordError as failure:
             if error is None:
                 raise
@@ -412,16 +431,18 @@ class AsyncLock(_LockBase):
 
     async def release(self) -> None:
         """See `Lock.release`. Cancelled, the release goes on in the background."""
-        grant = self._take_grant()
+        await self._release(self._take_grant())
+
+    async def _release(self, grant: Grant) -> None:
         if not await self._cluster._arun(self._release_gen(grant)):
             raise self._lost(grant)
 
     async def __aenter__(self) -> Grant:
-        return await self.acquire(timeout=self._timeout)
+        return self._entered(asyncio.current_task(), await self.acquire(timeout=self._timeout))
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            await self.release()
+            await self._release(self._left(asyncio.current_task()))
         except CoordError as failure:
             if error is None:
                 raise

@@ -325,6 +325,8 @@ class Machine:
             raise InvariantViolation(f"entry {index} could not be applied: {exc!r}", index=index) from exc
         if session is not None and self.sessions.is_alive(session_id):
             self.sessions.finish(session, sequence, reply)
+            if args and args[0] == OpCode.RELEASE and args[2] < sequence:
+                self.sessions.forbid(session, args[2])
             if self.sessions.is_hopeless(session):
                 self._end_sessions([session_id], "overloaded", now_ms, effects)
         return Applied(session_id, sequence, reply, tuple(effects))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from coordlib.cbor import decode, encode
 from coordlib.errors import Overloaded, RemoteProtocolError, SessionExpired, invariant
-from coordlib.machine.commands import StaleRequest
+from coordlib.machine.commands import StaleRequest, encode_error
 from coordlib.machine.effects import Effect, Meta, SessionOpened
 from coordlib.machine.limits import Limits, exceeded
 from coordlib.machine.table import Reclaimer, Table
@@ -218,6 +218,16 @@ class Sessions:
         size = len(reply)
         session.replies_bytes += size
         self.replies_bytes += size
+
+    def forbid(self, session: Session, sequence: int) -> None:
+        """Have a request that was withdrawn before it arrived refused when it does."""
+        if sequence >= session.mark and sequence not in session.replies:
+            error = StaleRequest(
+                f"request {sequence} of session {session.id} was withdrawn before it arrived",
+                session=session.id,
+                sequence=sequence,
+            )
+            self.finish(session, sequence, encode_error(error))
 
     def check_open(self, nonce: bytes) -> None:
         """

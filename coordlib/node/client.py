@@ -111,7 +111,14 @@ class ClientKernel:
             elif isinstance(message, StatusReply):
                 answer = self._status_calls.pop(message.request_id, None)
                 if answer is not None:
-                    answer(name, cbor.decode(message.body))
+                    try:
+                        answer(name, cbor.decode(message.body))
+                    except cbor.CBORError as error:
+                        self._say(
+                            logging.WARNING,
+                            "status.unreadable",
+                            f"the status of {name!r} cannot be read: {error}",
+                        )
             elif isinstance(message, Refusal):
                 self._say(
                     logging.ERROR, "refused", f"member {name!r} refused us: {message.message}", peer=name

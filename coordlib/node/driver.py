@@ -8,6 +8,7 @@ are woken in one batch. While a round is on the disk the next batch gathers in t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 from coordlib.config import ClientSettings, MemberSettings
 from coordlib.errors import (
     ClusterClosed,
+    ConfigError,
     CoordError,
     FatalError,
     InvariantViolation,
@@ -76,6 +78,7 @@ class Driver:
         self._kernel: MemberKernel | ClientKernel | None = None
         self._listeners: list[SessionListener] = []
         self._watches: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWatch] = WeakKeyDictionary()
+        self._keys: ClusterKeys
         self._late_warned_ms = 0
         self.late_ms_max = 0
 
@@ -145,7 +148,7 @@ class Driver:
         """What ends the calls of an event loop if this node does not. Only from within that loop."""
         watch = self._watches.get(loop)
         if watch is None:
-            watch = self._watches[loop] = LoopWatch(loop)
+            watch = self._watches[loop] = LoopWatch()
         return watch
 
     def ask(self, question: Callable[[], Any], timeout_seconds: float) -> Any:
@@ -161,10 +164,14 @@ class Driver:
 
         self._questions.append(run)
         self._wake()
-        if not done.wait(timeout_seconds) or not answer:
-            raise StartError(
-                "the node does not answer: it has stopped, or its disk or its process is stalled"
-            )
+        deadline = monotonic_ms() + round(timeout_seconds * 1000)
+        while not done.wait(0.25):
+            if self._stopped.is_set():
+                raise self.fatal or ClusterClosed("the node has stopped")
+            if monotonic_ms() >= deadline:
+                break
+        if not answer:
+            raise StartError("the node does not answer: its disk or its process is stalled")
         return answer[0]
 
     def _wake(self) -> None:
@@ -196,11 +203,14 @@ class Driver:
             log.exception("coordlib: the node thread failed", extra={"event": "node.bug"})
             self._failed(InvariantViolation(f"a bug in coordlib stopped this node: {error!r}"))
         finally:
-            self._close()
+            try:
+                self._close()
+            except Exception:
+                # Whatever could not be let go of: nobody may wait for this node any more.
+                log.exception("coordlib: the node could not close cleanly", extra={"event": "node.bug"})
             self._stopped.set()
             self._end_submitted()
-            while self._questions:
-                self._questions.popleft()
+            self._questions.clear()
             if not self._started.is_set():
                 if self._start_error is None:
                     self._start_error = ClusterClosed("closed while starting")
@@ -222,9 +232,17 @@ class Driver:
         raise NotImplementedError
 
     def _close(self) -> None:
-        fork.unregister(self)
-        if self._transport is not None:
-            self._transport.close()
+        """Let go of everything, each even if the one before could not be."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._keys.wipe)
+            for resource in self._resources():
+                if resource is not None:
+                    stack.callback(resource.close)
+            stack.callback(fork.unregister, self)
+
+    def _resources(self) -> list[Any]:
+        """What is to be closed, the last one first."""
+        return [self._transport]
 
     def _carry_out(self, kernel: Any, now: int) -> None:
         raise NotImplementedError
@@ -431,6 +449,9 @@ class MemberDriver(Driver):
                 return
             for name, messages in effects.sends.items():
                 links.send(name, messages)
+            if effects.completed or effects.changes or effects.events:
+                # Before the disk: none of it depends on this write, and a failing one must not swallow it.
+                self._deliver(effects)
             if effects.persist is not None:
                 storage.write(effects.persist)
                 kernel.persisted(now)
@@ -441,8 +462,6 @@ class MemberDriver(Driver):
                 kernel.identity_stored(now)
             if effects.disk:
                 disk.carry_out(effects.disk, kernel, links)
-            if effects.completed or effects.changes or effects.events:
-                self._deliver(effects)
 
     def _why_not_started(self) -> str:
         kernel, links, settings = self._kernel, self._links, self._settings
@@ -469,13 +488,8 @@ class MemberDriver(Driver):
             )
         return head + "".join(f"\n  - {reason}" for reason in reasons)
 
-    def _close(self) -> None:
-        super()._close()
-        if self._disk is not None:
-            self._disk.close()
-        if self._storage is not None:
-            self._storage.close()
-        self._keys.wipe()
+    def _resources(self) -> list[Any]:
+        return [self._storage, self._disk, *super()._resources()]
 
     def after_fork_in_child(self) -> None:
         super().after_fork_in_child()
@@ -526,8 +540,12 @@ class ClientDriver(Driver):
         links = self._links
         assert links is not None
         if kernel.wanted_endpoints:
-            links.connect_missing(kernel.wanted_endpoints)
-            kernel.wanted_endpoints = {}
+            endpoints, kernel.wanted_endpoints = kernel.wanted_endpoints, {}
+            try:
+                links.connect_missing(endpoints)
+            except ConfigError as error:
+                # Members may know each other by addresses that mean nothing here: go on with those that do.
+                log.warning("%s: %s", self._name, error, extra={"event": "client.unknown-endpoint"})
         for _ in range(1000):
             effects = kernel.collect(now)
             if effects is None:
@@ -573,10 +591,6 @@ class ClientDriver(Driver):
         else:
             reasons = "".join(f"\n  - nobody answers at {endpoint}" for endpoint in self._settings.endpoints)
         return f"could not attach within {seconds:g} s:{reasons}"
-
-    def _close(self) -> None:
-        super()._close()
-        self._keys.wipe()
 
     def after_fork_in_child(self) -> None:
         super().after_fork_in_child()

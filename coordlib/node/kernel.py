@@ -420,7 +420,9 @@ class MemberKernel:
     def fail(self, error: CoordError) -> Effects | None:
         """The node stops for good: everything that waits ends. Only these last effects are to be carried out."""
         self.session.fail_all(error)
-        self._out = Effects()
+        last = Effects()
+        last.completed, last.changes = self._out.completed, self._out.changes
+        self._out = last
         return self._take()
 
     # -- time ----------------------------------------------------------------------------------------------
@@ -502,6 +504,9 @@ class MemberKernel:
             if self._ready is None and raft.has_ready():
                 progressed = True
                 ready = raft.ready()
+                if ready.reads:
+                    # Before a change of leadership is taken note of: then they are handed back with all the others.
+                    service.reads_confirmed(ready.reads)
                 if ready.is_leadership_changed:
                     self._leadership_changed(raft, service, now)
                 sends = self._out.sends
@@ -510,8 +515,6 @@ class MemberKernel:
                         sends[receiver].append((GROUP, message))
                     else:
                         sends[receiver] = [(GROUP, message)]
-                if ready.reads:
-                    service.reads_confirmed(ready.reads)
                 if ready.failed_reads:
                     service.reads_failed(ready.failed_reads)
                 for follower in ready.snapshots_wanted:

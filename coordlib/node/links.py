@@ -368,7 +368,9 @@ class Links:
                 self._last_messages, self._last_plaintext = messages, plaintext
         except LocalProtocolError:
             if len(messages) <= 1:
-                raise
+                # Larger than a frame can be; whoever waits for it is told by its deadline. Never a reason to stop.
+                self._count("unsendable")
+                return False
             middle = len(messages) // 2
             return self.send(name, messages[:middle], is_bulk=is_bulk) and self.send(
                 name, messages[middle:], is_bulk=is_bulk
@@ -384,7 +386,17 @@ class Links:
         Send to a client; False when it is gone or does not read: it is forgotten then, and greets again.
         """
         try:
-            is_sent = self._transport.reply(route, self._responder.seal(route, encode_messages(messages)))
+            plaintext = encode_messages(messages)
+        except LocalProtocolError:
+            if len(messages) <= 1:
+                self._count("unsendable")
+                return False
+            middle = len(messages) // 2
+            return self.reply(route, messages[:middle], kernel) and self.reply(
+                route, messages[middle:], kernel
+            )
+        try:
+            is_sent = self._transport.reply(route, self._responder.seal(route, plaintext))
         except CoordError:
             is_sent = False
         if is_sent:

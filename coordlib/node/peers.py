@@ -174,7 +174,8 @@ class Peers:
         peer = self.known[name]
         known = self.disks.get(name, b"")
         if not known:
-            self.to_record.append((name, announce.disk_id))
+            if (name, announce.disk_id) not in self.to_record:
+                self.to_record.append((name, announce.disk_id))
             peer.problem = f"the disk of member {name!r} is new and not recorded yet"
             return None
         if known != announce.disk_id:

@@ -182,8 +182,11 @@ def main() -> None:
     try:
         _tell({"ok": True})
         # A daemon thread of ours could keep a lock on the buffered reader: read the descriptor itself.
-        while os.read(0, 1024):
-            pass
+        while driver.is_running:
+            is_readable, _, _ = select.select([0], [], [], 1.0)
+            if is_readable and not os.read(0, 1024):
+                return
+        sys.exit(1)  # it has said why; the application is told by this process's end
     finally:
         driver.stop(STOP_SECONDS)
 

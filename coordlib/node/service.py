@@ -165,6 +165,11 @@ class RequestService:
                     source, request, Overloaded("the new leader is not ready yet and its queue is full")
                 )
             return
+        if self._raft.is_transferring:
+            # In a moment there is another leader, who takes them.
+            for request in requests:
+                self._reply(source, request.request_id, ReplyStatus.NOT_LEADER, b"")
+            return
         for request in requests:
             self._handle(source, request, now)
 
@@ -435,8 +440,9 @@ class RequestService:
                     for source, request in self._expiring.pop(session):
                         self._reply(source, request.request_id, ReplyStatus.NOT_LEADER, b"")
                 self._next_expiry = now + 50
-            if len(due) > EXPIRE_BATCH_MAX:
-                self._next_expiry = now
+            else:
+                if len(due) > EXPIRE_BATCH_MAX:
+                    self._next_expiry = now
 
     # -- answers -------------------------------------------------------------------------------------------
 

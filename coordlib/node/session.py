@@ -22,11 +22,13 @@ from typing import Final
 
 from coordlib.config import Timing
 from coordlib.errors import (
+    ClusterClosed,
     CommitTimeout,
     CoordError,
     LeadershipLost,
     NoQuorum,
     Overloaded,
+    QuotaExceeded,
     RemoteProtocolError,
     SessionExpired,
 )
@@ -41,9 +43,11 @@ PENDING_MAX: Final = 8192
 WINDOW_MAX: Final = 1000
 """Commands in flight: below the 1,024 replies that the machine keeps for a session."""
 
+BODY_SIZE_BYTES_MAX: Final = 4 * 1024 * 1024
 FLUSH_MAX: Final = 512
 FLUSH_SIZE_BYTES_MAX: Final = 4 * 1024 * 1024
 RESEND_MS: Final = 1000
+RESEND_MS_MAX: Final = 5000
 BACK_OFF_MS: Final = 20
 _NEVER: Final = 1 << 62
 
@@ -90,9 +94,11 @@ class Call:
         "deadline_ms",
         "error",
         "is_detached",
+        "is_queued",
         "kind",
         "reply",
         "request_id",
+        "resend_ms",
         "sent_ms",
         "sequence",
         "view",
@@ -117,9 +123,11 @@ class Call:
         self.view = view
         self.is_detached = is_detached
         self.withdraws = withdraws
+        self.is_queued = False
         self.attempts = 0
         self.request_id = 0
-        self.sent_ms = 0
+        self.sent_ms = 0  # first
+        self.resend_ms = 0
         self.reply: bytes | None = None
         self.error: CoordError | None = None
 
@@ -151,6 +159,7 @@ class SessionClient:
         self._reset_sequences()
         self.completed: list[Call] = []
         self.changes: list[tuple[SessionView, SessionState]] = []
+        self._is_closing = False
         self.counters = {"calls": 0, "resent": 0, "timeouts": 0, "sessions_lost": 0}
 
     def _reset_sequences(self) -> None:
@@ -182,7 +191,17 @@ class SessionClient:
                 return
             call.view = withdrawn.view
             call.body = build(withdrawn.sequence)
-        if len(self._pending) >= PENDING_MAX:
+        if len(call.body) > BODY_SIZE_BYTES_MAX:
+            limit = "entry_size_bytes_max"
+            self._fail(
+                call,
+                QuotaExceeded(
+                    f"the request has {len(call.body)} bytes, {limit} is {BODY_SIZE_BYTES_MAX}; nothing was sent",
+                    limit=limit,
+                ),
+            )
+            return
+        if len(self._pending) >= PENDING_MAX and not call.is_detached:
             self._fail(
                 call,
                 Overloaded(f"{PENDING_MAX} calls of this process are waiting already; back off and retry"),
@@ -191,6 +210,9 @@ class SessionClient:
         if call.view is not None and call.view is not self.view:
             # Bound to a session that is gone, and everything it held with it.
             self._fail(call, SessionExpired("the session that this call belongs to has ended"))
+            return
+        if self._is_closing:
+            self._fail(call, ClusterClosed("the session is being closed; nothing was sent"))
             return
         if call.kind == RequestKind.COMMAND and self.view.state >= SessionState.LOST:
             self.open(now)
@@ -208,8 +230,14 @@ class SessionClient:
         call.request_id = self._request_id
         self._pending[call.request_id] = call
         if first:
+            call.is_queued = True
             self._queue.appendleft(call)
         else:
+            self._queue_again(call)
+
+    def _queue_again(self, call: Call) -> None:
+        if not call.is_queued:
+            call.is_queued = True
             self._queue.append(call)
 
     @property
@@ -241,8 +269,17 @@ class SessionClient:
         queue, view, opening = self._queue, self.view, self._opening
         while queue and len(out) < FLUSH_MAX and size < FLUSH_SIZE_BYTES_MAX:
             call = queue.popleft()
+            call.is_queued = False
             if call.request_id not in self._pending:
                 continue
+            if call.view is not None and call.view is not view:
+                # Its sequences mean something else in the session of now: it ends with its own.
+                self._finish(call, None, SessionExpired("the session that this call belongs to has ended"))
+                continue
+            if out and size + len(call.body) > FLUSH_SIZE_BYTES_MAX:
+                call.is_queued = True
+                queue.appendleft(call)
+                break
             if now >= call.deadline_ms:
                 # Its caller may have been told so already: nothing is sent behind its back.
                 self._finish(call, None, self._timeout_error(call))
@@ -252,6 +289,7 @@ class SessionClient:
                 if view.session_id == 0 or (
                     call.sequence == 0 and self._next_sequence - self._lowest >= WINDOW_MAX
                 ):
+                    call.is_queued = True
                     held.append(call)
                     if len(held) > FLUSH_MAX:
                         break
@@ -268,6 +306,7 @@ class SessionClient:
             else:
                 self.counters["resent"] += 1
             call.attempts += 1
+            call.resend_ms = now + min(RESEND_MS * call.attempts, RESEND_MS_MAX)
             size += len(call.body)
             out.append(Request(call.request_id, call.kind, session, sequence, self._lowest, call.body))
         if held:
@@ -283,11 +322,13 @@ class SessionClient:
         self._requeue_all()
         if self._keep_alives:
             self._keep_alives.clear()
-            self._keep_alive_due = self.view.session_id != 0
+            self._keep_alive_due = self.view.state in (SessionState.CONNECTED, SessionState.SUSPENDED)
 
     def _requeue_all(self) -> None:
         # In the order of their request ids, which is the order in which they were asked.
         self._queue = deque(self._pending.values())
+        for call in self._queue:
+            call.is_queued = True
         if self._opening is not None and self._queue and self._queue[0] is not self._opening:
             self._queue.remove(self._opening)
             self._queue.appendleft(self._opening)
@@ -320,22 +361,27 @@ class SessionClient:
                         self._hold_until = now + BACK_OFF_MS
                 else:
                     self._hold_until = now + BACK_OFF_MS
-                self._queue.append(call)
+                self._queue_again(call)
         return hint
 
     def _refused_before_append(self, call: Call, error: CoordError, now: int) -> None:
         """This leader did not append it. An earlier one may have, if there was an earlier attempt."""
-        if call.kind == RequestKind.COMMAND and call.attempts > 1 and call is not self._opening:
-            if isinstance(error, Overloaded):
-                self._hold_until = now + BACK_OFF_MS
-                self._queue.append(call)
-                return
-            if not isinstance(error, SessionExpired):
-                error = LeadershipLost(
-                    f"the request was sent again after a change of leader and refused then ({error}): its first attempt "
-                    "may have taken effect",
-                    request_id=call.request_id,
-                )
+        if (
+            isinstance(error, Overloaded)
+            and (call.is_detached or call.attempts > 1)
+            and call is not self._opening
+        ):
+            # Nobody is there to try again, or nothing definite could be said: try again ourselves.
+            self._hold_until = now + BACK_OFF_MS
+            self._queue_again(call)
+            return
+        is_retried = call.kind == RequestKind.COMMAND and call.attempts > 1 and call is not self._opening
+        if is_retried and not isinstance(error, SessionExpired):
+            error = LeadershipLost(
+                f"the request was sent again after a change of leader and refused then ({error}): its first attempt "
+                "may have taken effect",
+                request_id=call.request_id,
+            )
         self._refused(call, error, now)
 
     def _refused(self, call: Call, error: CoordError, now: int) -> None:
@@ -472,8 +518,8 @@ class SessionClient:
             next_scan = min(next_scan, call.deadline_ms)
             if call.attempts:
                 next_scan = min(next_scan, now + RESEND_MS)
-                if now >= call.sent_ms + RESEND_MS * (1 + call.attempts) and self.leader:
-                    self._queue.append(call)
+                if now >= call.resend_ms and self.leader:
+                    self._queue_again(call)
         self._next_scan = next_scan
 
     def _timeout_error(self, call: Call) -> CoordError:
@@ -524,7 +570,9 @@ class SessionClient:
                 self._finish(
                     call, None, SessionExpired("the session ended while waiting; it holds nothing any more")
                 )
-            elif call.kind == RequestKind.COMMAND and call.view is view and call.attempts:
+            elif call.kind == RequestKind.COMMAND and call.view is view and not call.attempts:
+                self._finish(call, None, SessionExpired("the session that this call belongs to has ended"))
+            elif call.kind == RequestKind.COMMAND and call.view is view:
                 self._finish(
                     call,
                     None,
@@ -539,8 +587,13 @@ class SessionClient:
         self._wants_session = False
         if self.view.session_id == 0 or self.view.state >= SessionState.LOST:
             return None
-        call = Call(RequestKind.COMMAND, commands.close_session(), deadline_ms)
+        call = Call(RequestKind.COMMAND, commands.close_session(), deadline_ms, view=self.view)
         self.submit(call, now)
+        self._is_closing = True
+        # From here on its locks may be granted to others: no holder may believe in them any more.
+        self._set_state(SessionState.CLOSED)
+        self._next_keep_alive = _NEVER
+        self._keep_alive_due = False
         return call
 
     def closed(self) -> None:

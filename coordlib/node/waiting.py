@@ -78,17 +78,16 @@ class LoopWatch:
     One timer for the loop, however many calls: a timer for each would cost more than the call.
     """
 
-    __slots__ = ("_calls", "_loop", "_timer")
+    __slots__ = ("_calls", "_timer")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._calls: set[AsyncCall] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, call: AsyncCall) -> None:
         self._calls.add(call)
         if self._timer is None:
-            self._timer = self._loop.call_later(WATCH_SECONDS, self._look)
+            self._timer = call.loop.call_later(WATCH_SECONDS, self._look)
 
     def discard(self, call: AsyncCall) -> None:
         self._calls.discard(call)
@@ -98,5 +97,7 @@ class LoopWatch:
         for call in list(self._calls):
             if call.deadline_ms < overdue and not call.future.done():
                 call.future.set_result(None)
-        # Not kept running for nothing: a loop that waits for its last timer should end.
-        self._timer = self._loop.call_later(WATCH_SECONDS, self._look) if self._calls else None
+        # Not kept running for nothing, and no reference kept to a loop that may be closed by then.
+        self._timer = (
+            asyncio.get_running_loop().call_later(WATCH_SECONDS, self._look) if self._calls else None
+        )
