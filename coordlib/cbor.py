@@ -13,6 +13,7 @@ names), the kind of map keys, ranges of integers, and whether the bytes were the
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any, NoReturn
 
@@ -44,6 +45,15 @@ def _refuse_tag(*_: object) -> NoReturn:
 
 _NO_TAGS: dict[int, Any] = dict.fromkeys(_BUILTIN_TAGS, _refuse_tag)
 
+_make_decoder = functools.partial(
+    cbor2.CBORDecoder,
+    tag_hook=_refuse_tag,
+    semantic_decoders=_NO_TAGS,
+    max_depth=DEPTH_MAX,
+    allow_indefinite=False,
+    allow_duplicate_keys=False,
+)
+
 encode = cbor2.dumps
 """Encode arrays, ints, bytes, str, bool, None, float and dict. For arrays of these, deterministic."""
 
@@ -62,14 +72,7 @@ def decode(data: bytes) -> Any:
     """
     stream = io.BytesIO(data)
     try:
-        value = cbor2.CBORDecoder(
-            stream,
-            tag_hook=_refuse_tag,
-            semantic_decoders=_NO_TAGS,
-            max_depth=DEPTH_MAX,
-            allow_indefinite=False,
-            allow_duplicate_keys=False,
-        ).decode()
+        value = _make_decoder(stream).decode()
     except (cbor2.CBORDecodeError, ValueError, TypeError, OverflowError, UnicodeError, RecursionError) as exc:
         raise CBORError(f"malformed CBOR: {exc}") from exc
     if stream.tell() != len(data):

@@ -59,6 +59,7 @@ __all__ = ["MemberKernel"]
 
 GROUP: Final = 0
 STATUS_EVERY_MS: Final = 1000
+HOUSEKEEPING_EVERY_MS: Final = 100
 APPLY_MAX: Final = 1000
 APPLY_BATCH: Final = 64
 APPLY_DELAY_MS: Final = 5
@@ -122,6 +123,7 @@ class MemberKernel:
         self._late_ms = 0
         self._now = now
         self._has_garbage = False
+        self._next_housekeeping = now
         self._was_barred = False
         self._is_closing = False
         self._close_call: Call | None = None
@@ -459,7 +461,9 @@ class MemberKernel:
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_MS
             self._status_round(now)
-        self._has_garbage = self.machine.free_slice()
+        if self._has_garbage or now >= self._next_housekeeping:
+            self._next_housekeeping = now + HOUSEKEEPING_EVERY_MS
+            self._has_garbage = self.machine.free_slice()
 
     def _status_round(self, now: int) -> None:
         service = self.service
