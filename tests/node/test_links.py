@@ -16,10 +16,10 @@ from coordlib.transport.base import (
     Lane,
     Transport,
 )
-from coordlib.wire.channel import ChannelIdentity, Established, HelloAccepted, Initiator, Responder
+from coordlib.wire.channel import ChannelIdentity, Established, HelloAccepted, Initiator, Opened, Responder
 from coordlib.wire.keys import ClusterKeys
-from coordlib.wire.messages import Requests, StatusQuery
-from coordlib.wire.schema import encode_messages
+from coordlib.wire.messages import Requests, StatusQuery, StatusReply
+from coordlib.wire.schema import BATCH_BYTES_MAX, decode_messages, encode_messages
 
 KEYS = ClusterKeys.from_secrets(("a secret that is long enough for these tests",), "shop")
 OTHER_KEYS = ClusterKeys.from_secrets(("another secret that is long enough as well",), "shop")
@@ -259,3 +259,56 @@ def test_an_unanswered_hello_is_repeated(bench: Bench) -> None:
         bench.now += 100
         bench.links.tick(bench.now)
     assert 3 <= len(bench.wires.sent) <= 5
+
+
+def connected(bench: Bench) -> Responder:
+    """A member that our connection was established to."""
+    bench.links.connect("tcp://10.0.0.2:7400", "n2")
+    bench.receive(ConnectionUp(1))
+    responder = Responder(KEYS, identity("n2"), random_bytes=os.urandom)
+    accepted = responder.receive(b"us", bench.wires.sent[-1][1])
+    assert isinstance(accepted, HelloAccepted)
+    bench.receive(FrameReceived(1, b"", accepted.reply_frame))
+    bench.wires.sent.clear()
+    return responder
+
+
+TOO_LARGE = StatusReply(1, bytes(BATCH_BYTES_MAX + 1))
+MANY = [(0, StatusReply(number, bytes(BATCH_BYTES_MAX // 3))) for number in range(4)]
+
+
+def test_a_message_that_no_frame_can_hold_stops_nobody(bench: Bench) -> None:
+    """It is counted, and what comes after it goes out; a client that was to get one stays attached."""
+    connected(bench)
+    bench.arrive(b"r1", bench.greet(b"r1", identity("c", is_member=False)).seal(QUERY))
+    bench.wires.replied.clear()
+    assert not bench.links.send("n2", [(0, TOO_LARGE)])
+    assert not bench.links.reply(b"r1", [(0, TOO_LARGE)], bench.kernel)
+    assert (bench.wires.sent, bench.wires.replied) == ([], [])
+    assert bench.links.counters["unsendable"] == 2
+    assert ("gone", b"r1") not in bench.ears.calls
+    assert bench.links.send("n2", [(0, StatusQuery(1))])
+    assert bench.links.reply(b"r1", [(0, StatusQuery(1))], bench.kernel)
+
+
+def test_messages_too_large_together_leave_in_several_frames(bench: Bench) -> None:
+    """In their order, to members as to clients."""
+    responder = connected(bench)
+    client = bench.greet(b"r1", identity("c", is_member=False))
+    bench.arrive(b"r1", client.seal(QUERY))
+    bench.wires.replied.clear()
+    assert bench.links.send("n2", MANY)
+    assert bench.links.reply(b"r1", MANY, bench.kernel)
+    received: list[Any] = []
+    for _, frame in bench.wires.sent:
+        opened = responder.receive(b"us", frame)
+        assert isinstance(opened, Opened)
+        received += decode_messages(opened.plaintext)
+    assert received == MANY
+    received.clear()
+    for _, frame in bench.wires.replied:
+        answer = client.receive(frame)
+        assert isinstance(answer, Opened)
+        received += decode_messages(answer.plaintext)
+    assert received == MANY
+    assert len(bench.wires.sent) == len(bench.wires.replied) > 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coordlib.cbor import encode
 from coordlib.config import Timing
 from coordlib.errors import CoordError, Overloaded, SessionExpired, UsageError
@@ -328,3 +330,44 @@ def test_garbage_is_an_answer_and_not_an_exception() -> None:
             leader.ask(kind, body, session=session, sequence=1)
     leader.apply()
     assert len(leader.replies()) == 24
+
+
+def test_what_comes_during_a_hand_over_goes_to_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is appended here, and nobody is given an error of his own."""
+    leader = ready_leader()
+    session = leader.open()
+    before = leader.raft.last_index
+    monkeypatch.setattr(RawNode, "is_transferring", True)
+    asked = [
+        leader.ask(RequestKind.COMMAND, put(), session=session, sequence=1),
+        leader.ask(RequestKind.QUERY, commands.query_len(b"m")),
+        leader.keep_alive(session),
+    ]
+    replies = leader.replies()
+    assert [replies[number].status for number in asked] == [ReplyStatus.NOT_LEADER] * 3
+    assert leader.raft.last_index == before
+    monkeypatch.undo()  # it came to nothing: the same leader takes them
+    again = leader.ask(RequestKind.COMMAND, put(), session=session, sequence=1)
+    leader.apply()
+    assert leader.replies()[again].status == ReplyStatus.OK
+
+
+def test_an_expiry_of_many_that_is_refused_is_tried_again_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one batch of them is no reason to spin."""
+    monkeypatch.setattr(module, "EXPIRE_BATCH_MAX", 4)
+    leader = ready_leader()
+    sessions = [leader.open() for _ in range(6)]
+    leader.pass_time(TTL_MS - 200)
+    leader.apply()
+
+    def refuse(raft: RawNode, data: bytes) -> Entry:
+        raise Overloaded("the log is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RawNode, "propose", refuse)
+        leader.pass_time(400)
+        assert leader.service.deadline > leader.now
+    assert leader.service.counters["expired"] > 0
+    leader.pass_time(200)
+    leader.apply()
+    assert not any(leader.machine.sessions.is_alive(session) for session in sessions)

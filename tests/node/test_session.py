@@ -7,12 +7,14 @@ import pytest
 from coordlib.cbor import encode
 from coordlib.config import Timing
 from coordlib.errors import (
+    ClusterClosed,
     CommitTimeout,
     ConditionFailed,
     CoordError,
     LeadershipLost,
     NoQuorum,
     Overloaded,
+    QuotaExceeded,
     SessionExpired,
 )
 from coordlib.machine import commands
@@ -331,3 +333,162 @@ def test_answers_to_nobody_are_ignored(client: Client) -> None:
         client.answer(request, body=ok())
     client.session.receive([Reply(5, ReplyStatus.OK, b"nonsense")], client.now)
     assert client.session.completed == [call]
+
+
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_a_release_that_was_queued_when_its_session_was_lost_is_never_sent(
+    client: Client, is_detached: bool
+) -> None:
+    """In the next session the same sequence is another acquisition: it would free that one."""
+    release = Call(
+        RequestKind.COMMAND,
+        commands.release(b"a", 1),
+        client.now + 100_000,
+        view=client.session.view,
+        is_detached=is_detached,
+    )
+    client.session.submit(release, client.now)
+    client.tick(TIMING.session_ttl_ms)
+    assert isinstance(release.error, SessionExpired)
+    assert client.session.completed == ([] if is_detached else [release])
+    (opening,) = client.lead()
+    client.answer(opening, body=ok(78))
+    assert client.flush() == []
+
+
+def test_a_withdrawal_that_was_queued_when_its_session_was_lost_is_never_sent(client: Client) -> None:
+    """It was made from a sequence of the session that is gone."""
+    ask = client.call()
+    client.flush()
+    undo = Call(
+        RequestKind.COMMAND,
+        b"",
+        is_detached=True,
+        withdraws=(ask, lambda sequence: commands.release(b"a", sequence)),
+    )
+    client.session.submit(undo, client.now)
+    client.tick(TIMING.session_ttl_ms)
+    assert isinstance(undo.error, SessionExpired)
+    (opening,) = client.lead()
+    client.answer(opening, body=ok(78))
+    assert client.flush() == []
+
+
+def test_closing_ends_the_grants_at_once(client: Client) -> None:
+    """From when the command leaves, the locks may be others'; the command itself still goes out, and is retried."""
+    view = client.session.view
+    client.session.changes.clear()
+    assert client.session.close(client.now, client.now + 1000) is not None
+    assert client.session.changes == [(view, SessionState.CLOSED)]
+    assert not view.is_valid(client.now)
+    (request,) = client.flush()
+    assert (request.session, request.body) == (77, commands.close_session())
+    assert client.lead("n2") == [request]
+    assert client.tick(TIMING.keep_alive_ms // 2) == []
+
+
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_nothing_is_taken_behind_a_close(client: Client, is_detached: bool) -> None:
+    """It would open another session, which nobody closes."""
+    client.session.close(client.now, client.now + 100_000)
+    late = Call(RequestKind.COMMAND, body(), client.now + 1000, is_detached=is_detached)
+    client.session.submit(late, client.now)
+    assert isinstance(late.error, ClusterClosed)
+    assert [request.body for request in client.flush()] == [commands.close_session()]
+    assert client.session.view.state is SessionState.CLOSED
+
+
+def test_a_request_that_no_entry_can_hold_is_refused_before_it_is_sent(client: Client) -> None:
+    """By the name of the limit; one that just fits is sent."""
+    fits = Call(RequestKind.COMMAND, b"x" * module.BODY_SIZE_BYTES_MAX, client.now + 1000)
+    large = Call(RequestKind.COMMAND, b"x" * (module.BODY_SIZE_BYTES_MAX + 1), client.now + 1000)
+    for call in (fits, large):
+        client.session.submit(call, client.now)
+    assert isinstance(large.error, QuotaExceeded)
+    assert "entry_size_bytes_max" in str(large.error)
+    assert client.session.completed == [large]
+    assert [len(request.body) for request in client.flush()] == [module.BODY_SIZE_BYTES_MAX]
+
+
+def test_large_requests_leave_in_frames_of_their_own(client: Client) -> None:
+    """What two of them need together is more than one flush holds; the order stays."""
+    sizes = [1000, module.BODY_SIZE_BYTES_MAX, 2000]
+    for size in sizes:
+        client.session.submit(Call(RequestKind.COMMAND, b"x" * size, client.now + 1000), client.now)
+    flushes = [[len(request.body) for request in client.flush()] for _ in range(4)]
+    assert flushes == [[1000], [module.BODY_SIZE_BYTES_MAX], [2000], []]
+
+
+def test_a_detached_call_outlasts_an_overload(client: Client) -> None:
+    """Nobody is there to try again; whoever waits is told at once."""
+    detached = Call(RequestKind.COMMAND, body(), is_detached=True)
+    client.session.submit(detached, client.now)
+    awaited = client.call()
+    first, second = client.flush()
+    client.refuse(first, Overloaded("later"))
+    client.refuse(second, Overloaded("later"))
+    assert isinstance(awaited.error, Overloaded)
+    assert client.flush() == []
+    again = client.tick(module.BACK_OFF_MS)
+    assert [(r.request_id, r.sequence, r.body) for r in again] == [
+        (first.request_id, first.sequence, first.body)
+    ]
+    client.answer(again[0], body=ok())
+    assert detached.reply == ok()
+    assert client.session.pending_count == 0
+
+
+@pytest.mark.parametrize("kind", [RequestKind.COMMAND, RequestKind.QUERY])
+def test_a_retry_outlasts_an_overload(client: Client, kind: int) -> None:
+    """A first attempt may have been appended by another leader: a refusal now would say nothing definite."""
+    call = client.call(kind=kind)
+    client.flush()
+    (again,) = client.lead("n2")
+    client.refuse(again, Overloaded("later"))
+    assert call.error is None
+    (third,) = client.tick(module.BACK_OFF_MS)
+    assert third == again
+
+
+def test_a_detached_call_is_taken_however_many_wait(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A withdrawal makes room, and nobody would repeat it."""
+    monkeypatch.setattr(module, "PENDING_MAX", 1)
+    client.call()
+    detached = Call(RequestKind.COMMAND, body(), is_detached=True)
+    client.session.submit(detached, client.now)
+    assert detached.error is None
+    assert len(client.flush()) == 2
+
+
+def test_a_call_is_never_queued_twice(client: Client) -> None:
+    """However often it is found unanswered before it can be sent, and by whomever."""
+    client.call(timeout_ms=100_000)
+    (first,) = client.flush()
+    for _ in range(3):
+        client.now += module.RESEND_MS
+        client.session.tick(client.now)
+    client.answer(first, ReplyStatus.UNKNOWN)
+    client.now += module.BACK_OFF_MS
+    assert [r for r in client.flush() if r.kind == RequestKind.COMMAND] == [first]
+    client.lead("n2")
+    client.answer(first, ReplyStatus.UNKNOWN)
+    client.answer(first, ReplyStatus.UNKNOWN)
+    client.now += module.BACK_OFF_MS
+    assert [r for r in client.flush() if r.kind == RequestKind.COMMAND] == [first]
+
+
+def test_an_unanswered_request_is_sent_again_ever_more_rarely(client: Client) -> None:
+    """A leader that is slow is not helped by copies."""
+    client.call(timeout_ms=100_000)
+    (first,) = client.flush()
+    sent_at = [client.now]
+    while len(sent_at) < 8:
+        for request in client.tick(100):
+            if request == first:
+                sent_at.append(client.now)
+            elif request.kind == RequestKind.KEEP_ALIVE:
+                client.answer(request)
+    gaps = [after - before for before, after in zip(sent_at, sent_at[1:], strict=False)]
+    assert gaps == sorted(gaps)
+    assert module.RESEND_MS <= gaps[0] < 2 * module.RESEND_MS
+    assert module.RESEND_MS_MAX <= gaps[-1] <= module.RESEND_MS_MAX + module.RESEND_MS
