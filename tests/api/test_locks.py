@@ -10,6 +10,9 @@ import pytest
 
 import coordlib
 from coordlib import GrantState
+from coordlib.machine import commands
+from coordlib.node.clock import monotonic_ms
+from coordlib.node.kernel import MemberKernel
 
 
 class Background:
@@ -249,6 +252,51 @@ def test_a_loss_is_told_to_the_holder(cluster: coordlib.Cluster) -> None:
         cluster.map("m").put("k", 1, guard=coordlib.Grant("a", b"a", 0, grant._view, 1, None, None))
 
 
+def lose_session(cluster: coordlib.Cluster | coordlib.AsyncCluster) -> None:
+    """The cluster and this process both end the session: what it held is free at once."""
+    driver = cluster._driver
+    assert driver is not None
+    kernel = driver._kernel
+    assert isinstance(kernel, MemberKernel) and kernel.service is not None
+    service = kernel.service
+
+    def end() -> None:
+        now = monotonic_ms()
+        service.propose_internal(commands.expire_sessions([kernel.session.view.session_id]), now)
+        kernel.session._lose(now)
+
+    driver.ask(end, 5)
+
+
+def test_a_block_releases_the_grant_that_it_got(cluster: coordlib.Cluster) -> None:
+    """Two threads share a handle; the one whose grant was lost does not release the other's."""
+    lock = cluster.lock("a")
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> coordlib.Grant:
+        with lock as grant:
+            entered.set()
+            assert leave.wait(10)
+            grant.ensure_held()
+        return grant
+
+    with pytest.raises(coordlib.LockLost), lock as first:
+        lose_session(cluster)
+        second = Background(hold)
+        assert entered.wait(10)
+        assert first.lost
+    try:
+        assert lock.grant is not None
+        assert lock.info().token == lock.grant.token > first.token
+    finally:
+        leave.set()
+    grant = second.result()
+    assert isinstance(grant, coordlib.Grant)
+    assert grant.state == GrantState.RELEASED
+    assert lock.grant is None
+    assert not lock.locked()
+
+
 def test_tasks_lock_as_threads_do() -> None:
     """Order, timeout, exceptions, decorator."""
 
@@ -282,6 +330,35 @@ def test_tasks_lock_as_threads_do() -> None:
 
             assert await work()
             assert not await cluster.lock("a").locked()
+
+    asyncio.run(check())
+
+
+def test_a_block_of_a_task_releases_the_grant_that_it_got() -> None:
+    """As with threads: two tasks share a handle."""
+
+    async def check() -> None:
+        async with coordlib.AsyncCluster.local() as cluster:
+            lock = cluster.lock("a")
+            entered, leave = asyncio.Event(), asyncio.Event()
+
+            async def hold() -> coordlib.Grant:
+                async with lock as grant:
+                    entered.set()
+                    await leave.wait()
+                    grant.ensure_held()
+                return grant
+
+            with pytest.raises(coordlib.LockLost):
+                async with lock as first:
+                    await asyncio.to_thread(lose_session, cluster)
+                    second = asyncio.create_task(hold())
+                    await entered.wait()
+            assert lock.grant is not None
+            assert (await lock.info()).token == lock.grant.token > first.token
+            leave.set()
+            assert (await second).state == GrantState.RELEASED
+            assert not await lock.locked()
 
     asyncio.run(check())
 

@@ -8,7 +8,15 @@ import pytest
 
 from coordlib.cbor import encode
 from coordlib.errors import LockLost, QuotaExceeded, RemoteProtocolError
-from coordlib.machine import Limits, LockGranted, LockWithdrawn, Machine, SessionEnded, commands
+from coordlib.machine import (
+    Limits,
+    LockGranted,
+    LockWithdrawn,
+    Machine,
+    SessionEnded,
+    StaleRequest,
+    commands,
+)
 from tests.machine.driver import Driver, restore, snapshot
 
 LOCK = b"invoice-42"
@@ -101,6 +109,40 @@ def test_a_release_withdraws_a_waiting_acquisition() -> None:
     assert driver.run(sessions[1], commands.release(LOCK, 1)) == ["queued"]
     assert state(driver, sessions[2], 1) == ["queued", 0, 1]
     assert [LockGranted(sessions[2], 1, LOCK, 2)] == driver.effects(sessions[0], commands.release(LOCK, 1))
+
+
+def test_an_acquisition_released_before_it_arrived_is_refused_when_it_does() -> None:
+    """Whoever asked for it has given up: it would be held by nobody. So it is after a snapshot, too."""
+    driver = Driver()
+    session, other = driver.open(), driver.open()
+    assert driver.run(session, commands.release(LOCK, 1), sequence=2) == ["none"]
+    after = Driver(machine=restore(snapshot(driver.machine)))
+    for each in (driver, after):
+        with pytest.raises(StaleRequest):
+            each.run(session, ACQUIRE, sequence=1)
+        assert state(each, session, 1) == ["none", 0, 0]
+        each.machine.sessions.check_invariants()
+        assert each.run(other, ACQUIRE, sequence=1)[0] is True
+
+
+@pytest.mark.parametrize("released", [2, 3])
+def test_a_release_forbids_nothing_that_was_asked_after_it(released: int) -> None:
+    """Its own reply stays its own, and a sequence to come is not to be used up in advance."""
+    driver = Driver()
+    session = driver.open()
+    first = driver.apply(session, commands.release(LOCK, released), sequence=2)
+    assert commands.decode_reply(first.reply) == ["none"]
+    assert driver.apply(session, commands.release(LOCK, released), sequence=2) == first
+    assert driver.run(session, ACQUIRE, sequence=3)[0] is True
+
+
+def test_a_release_leaves_the_reply_of_what_it_released() -> None:
+    """A copy of the acquisition still gets the answer that it got."""
+    driver = Driver()
+    session = driver.open()
+    first = driver.apply(session, ACQUIRE)
+    driver.run(session, commands.release(LOCK, 1))
+    assert driver.apply(session, ACQUIRE, sequence=1).reply == first.reply
 
 
 def test_a_lock_that_nobody_wants_leaves_no_memory() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from coordlib.cbor import encode
@@ -488,7 +490,7 @@ def test_an_unanswered_request_is_sent_again_ever_more_rarely(client: Client) ->
                 sent_at.append(client.now)
             elif request.kind == RequestKind.KEEP_ALIVE:
                 client.answer(request)
-    gaps = [after - before for before, after in zip(sent_at, sent_at[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(sent_at)]
     assert gaps == sorted(gaps)
     assert module.RESEND_MS <= gaps[0] < 2 * module.RESEND_MS
     assert module.RESEND_MS_MAX <= gaps[-1] <= module.RESEND_MS_MAX + module.RESEND_MS
