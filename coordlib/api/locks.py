@@ -311,6 +311,14 @@ class _LockBase:
         return grant
 
     def _left(self, who: object) -> Grant:
+        if who not in self._blocks:
+            # Entered elsewhere: an ExitStack that was handed on, a fixture. One block is then the one that is meant.
+            if len(self._blocks) != 1:
+                raise NotHolder(
+                    f"lock {self.name!r}: this thread or task has no block of this handle, and several others have; "
+                    "use a handle of its own for each"
+                )
+            who = next(iter(self._blocks))
         grants = self._blocks[who]
         grant = grants.pop()
         if not grants:

@@ -372,9 +372,8 @@ class Links:
                 self._count("unsendable")
                 return False
             middle = len(messages) // 2
-            return self.send(name, messages[:middle], is_bulk=is_bulk) and self.send(
-                name, messages[middle:], is_bulk=is_bulk
-            )
+            is_first_sent = self.send(name, messages[:middle], is_bulk=is_bulk)
+            return self.send(name, messages[middle:], is_bulk=is_bulk) and is_first_sent
         if self._transport.send(connection.id, connection.initiator.seal(plaintext)):
             self.counters["frames_sent"] += 1
             return True
@@ -392,9 +391,9 @@ class Links:
                 self._count("unsendable")
                 return False
             middle = len(messages) // 2
-            return self.reply(route, messages[:middle], kernel) and self.reply(
-                route, messages[middle:], kernel
-            )
+            # A client that was dropped over the first half has no session for the second: refused at once.
+            is_first_sent = self.reply(route, messages[:middle], kernel)
+            return self.reply(route, messages[middle:], kernel) and is_first_sent
         try:
             is_sent = self._transport.reply(route, self._responder.seal(route, plaintext))
         except CoordError:

@@ -181,7 +181,7 @@ class SessionClient:
             self._opening = call
             self._enqueue(call, first=True)
 
-    def submit(self, call: Call, now: int) -> None:
+    def submit(self, call: Call, now: int, *, is_essential: bool = False) -> None:
         """Take a call; it ends in `completed`, at its deadline at the latest."""
         self.counters["calls"] += 1
         if call.withdraws is not None:
@@ -201,7 +201,7 @@ class SessionClient:
                 ),
             )
             return
-        if len(self._pending) >= PENDING_MAX and not call.is_detached:
+        if len(self._pending) >= PENDING_MAX and not (call.is_detached or is_essential):
             self._fail(
                 call,
                 Overloaded(f"{PENDING_MAX} calls of this process are waiting already; back off and retry"),
@@ -586,9 +586,13 @@ class SessionClient:
         """Start to close the session: its locks are free when the returned call completes. None: there is none."""
         self._wants_session = False
         if self.view.session_id == 0 or self.view.state >= SessionState.LOST:
+            self._is_closing = True
+            if self._opening is not None:
+                self._forget(self._opening)  # one that was sent and is opened yet ends by its TTL
+                self._opening = None
             return None
         call = Call(RequestKind.COMMAND, commands.close_session(), deadline_ms, view=self.view)
-        self.submit(call, now)
+        self.submit(call, now, is_essential=True)
         self._is_closing = True
         # From here on its locks may be granted to others: no holder may believe in them any more.
         self._set_state(SessionState.CLOSED)

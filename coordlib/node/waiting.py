@@ -78,16 +78,17 @@ class LoopWatch:
     One timer for the loop, however many calls: a timer for each would cost more than the call.
     """
 
-    __slots__ = ("_calls", "_timer")
+    __slots__ = ("_calls", "_is_running")
 
     def __init__(self) -> None:
         self._calls: set[AsyncCall] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._is_running = False  # not the handle: it would keep the loop alive
 
     def add(self, call: AsyncCall) -> None:
         self._calls.add(call)
-        if self._timer is None:
-            self._timer = call.loop.call_later(WATCH_SECONDS, self._look)
+        if not self._is_running:
+            self._is_running = True
+            call.loop.call_later(WATCH_SECONDS, self._look)
 
     def discard(self, call: AsyncCall) -> None:
         self._calls.discard(call)
@@ -98,6 +99,6 @@ class LoopWatch:
             if call.deadline_ms < overdue and not call.future.done():
                 call.future.set_result(None)
         # Not kept running for nothing, and no reference kept to a loop that may be closed by then.
-        self._timer = (
-            asyncio.get_running_loop().call_later(WATCH_SECONDS, self._look) if self._calls else None
-        )
+        self._is_running = bool(self._calls)
+        if self._is_running:
+            asyncio.get_running_loop().call_later(WATCH_SECONDS, self._look)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -405,3 +406,14 @@ def test_a_task_cancelled_before_its_request_left_holds_nothing() -> None:
                     pass
 
     asyncio.run(check())
+
+
+def test_a_block_that_was_entered_elsewhere_is_left_all_the_same(cluster: coordlib.Cluster) -> None:
+    """An ExitStack may be handed to another thread: the lock is released there."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cluster.lock("handed-on"))
+        moved = stack.pop_all()
+    thread = threading.Thread(target=moved.close)
+    thread.start()
+    thread.join()
+    assert not cluster.lock("handed-on").locked()

@@ -41,7 +41,7 @@ def test_a_loop_that_was_closed_is_not_kept_alive(
         watch.add(call)
         await call.future  # ended by the watch, as nobody else does
         watch.discard(call)
-        while watch._timer is not None:
+        while watch._is_running:
             await asyncio.sleep(0)
         return weakref.ref(loop)
 
@@ -49,3 +49,21 @@ def test_a_loop_that_was_closed_is_not_kept_alive(
     gc.collect()
     assert loop() is None
     assert len(driver._watches) == 0
+
+
+def test_a_loop_that_was_closed_before_the_watch_looked_again_is_not_kept_alive(
+    driver: ClientDriver,
+) -> None:
+    """As when it ends right after its last call."""
+
+    async def use() -> weakref.ref[asyncio.AbstractEventLoop]:
+        loop = asyncio.get_running_loop()
+        watch = driver.watch(loop)
+        call = AsyncCall(RequestKind.QUERY, b"", 0)
+        watch.add(call)
+        watch.discard(call)
+        return weakref.ref(loop)
+
+    loop = asyncio.run(use())
+    gc.collect()
+    assert loop() is None
