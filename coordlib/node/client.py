@@ -35,7 +35,6 @@ class ClientKernel:
     ) -> None:
         self.node_id = name
         self.session = SessionClient(timing, name, random_bytes)
-        self._timing = timing
         self._wants_session = wants_session
         self._out = Effects()
         self._events: list[LogEvent] = []

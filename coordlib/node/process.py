@@ -171,10 +171,10 @@ def main() -> None:
     member["timing"] = Timing(**member["timing"])
     member["secrets"] = tuple(member["secrets"])
     settings = MemberSettings(**member)
-    driver = None
+    endpoint: str = given["endpoint"]
     try:
-        driver = MemberDriver(settings, lambda: _storage(settings), also_bind=given["endpoint"])
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if driver is None else sys.exit(0))
+        driver = MemberDriver(settings, lambda: _storage(settings), also_bind=endpoint)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         driver.start()
     except CoordError as error:
         _tell({"error": error.code, "message": str(error)})
@@ -189,6 +189,8 @@ def main() -> None:
         sys.exit(1)  # it has said why; the application is told by this process's end
     finally:
         driver.stop(STOP_SECONDS)
+        # The application's to remove; but it may have been killed, and then nobody else is left to do it.
+        shutil.rmtree(os.path.dirname(endpoint.removeprefix("ipc://")), ignore_errors=True)
 
 
 def _storage(settings: MemberSettings) -> SegmentStorage:

@@ -114,15 +114,17 @@ if __name__ == "__main__":
 
 
 def test_the_member_dies_with_a_killed_application(tmp_path: Path) -> None:
-    """kill -9 of the application leaves no process, and what was acknowledged is kept."""
+    """kill -9 of the application leaves no process and no socket, and what was acknowledged is kept."""
     port = free_ports(1)[0]
+    scratch = tmp_path / "t"
+    scratch.mkdir()
     script = tmp_path / "application.py"
     script.write_text(APPLICATION)
     application = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "d"), str(port), SECRET],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE / 'transports'}"},
+        env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE / 'transports'}"},
     )
     assert application.stdout is not None
     pids = [int(pid) for pid in application.stdout.readline().split()]
@@ -131,6 +133,7 @@ def test_the_member_dies_with_a_killed_application(tmp_path: Path) -> None:
     application.stdout.close()
     assert pids
     assert all(is_gone(pid) for pid in pids)
+    assert list(scratch.iterdir()) == []
     with coordlib.Cluster(**{**arguments(tmp_path / "d", port), "isolation": "thread"}) as cluster:
         assert cluster.map("m")["k"] == "kept"
 
