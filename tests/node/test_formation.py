@@ -8,7 +8,8 @@ import pytest
 
 from coordlib.errors import StartError
 from coordlib.testing.disk import SimulatedFileSystem
-from coordlib.testing.harness import MemberProcess, World
+from coordlib.testing.simulation.processes import MemberProcess
+from coordlib.testing.simulation.world import World
 
 PATIENCE_MS = 15_000
 

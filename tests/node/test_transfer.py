@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from coordlib.api.maps import _MapBase
-from coordlib.testing.harness import MemberProcess, Process, World
+from coordlib.testing.simulation.processes import MemberProcess, Process
+from coordlib.testing.simulation.world import World
 
 PATIENCE_MS = 15_000
 

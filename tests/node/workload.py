@@ -14,7 +14,8 @@ from coordlib.config import Timing
 from coordlib.errors import CoordError, DefiniteError, IndeterminateError
 from coordlib.machine.effects import Applied
 from coordlib.raft.messages import Entry
-from coordlib.testing.harness import MemberProcess, Operation, Process, World
+from coordlib.testing.simulation.processes import MemberProcess, Operation, Process
+from coordlib.testing.simulation.world import World
 from tests.node.linearizable import FOREVER, Event, is_linearizable
 
 FORBIDDEN = ("conflicts_with_committed", "two_leaders", "malformed", "acknowledged_entries_lost")
