@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from typing import Any
@@ -40,7 +41,7 @@ class Run:
             delay_ms_max=(3, 1, 30)[seed % 3],
             disk_ms_max=(2, 0, 20)[seed // 3 % 3],
         )
-        self.rng = rng = world.rng
+        self.rng = rng = random.Random(seed)
         self.faults_ms = faults_ms
         self.is_working = True
         self.pending: dict[Operation, str] = {}

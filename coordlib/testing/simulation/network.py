@@ -68,7 +68,7 @@ class SimulatedTransport:
             return
         listener = world.listeners.get(link.endpoint)
         if listener is None or world.is_cut(self, listener) or world.is_cut(listener, self):
-            world.after(world.rng.randint(30, 150), lambda: self._dial(link))
+            world.after(world.network_chance.randint(30, 150), lambda: self._dial(link))
             return
         link.listener = listener
         link.epoch += 1
@@ -85,7 +85,7 @@ class SimulatedTransport:
         link.epoch += 1
         if self.process.is_up:
             self._receive(ConnectionDown(link.id))
-            self.world.after(self.world.rng.randint(20, 120), lambda: self._dial(link))
+            self.world.after(self.world.network_chance.randint(20, 120), lambda: self._dial(link))
 
     def _receive(self, event: TransportEvent) -> None:
         if self.process.is_up:
@@ -129,7 +129,7 @@ class SimulatedTransport:
                 return
             if link.epoch != epoch:
                 # Of a connection that is gone: lost, or it was read already and is only late.
-                if world.rng.random() < 0.3 and not world.is_cut(source, to):
+                if world.network_chance.random() < 0.3 and not world.is_cut(source, to):
                     to._receive(event)
                 return
             if world.is_cut(source, to):

@@ -23,6 +23,7 @@ from coordlib.node.session import Call
 from coordlib.storage import SegmentStorage
 from coordlib.storage.base import Persist
 from coordlib.testing.disk import CrashNow, SimulatedFileSystem
+from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.network import SimulatedTransport
 from coordlib.testing.simulation.plain import CLUSTER, PlainLinks
 from coordlib.transport.base import Lane
@@ -123,11 +124,12 @@ class SimulatedProcess(Driver):
     world: World
     name: str
     transport: SimulatedTransport
+    chance: Stream
     _kernel: Any
     _links: Any
 
     def _begin(self, world: World, name: str) -> None:
-        rng = world.rng
+        self.chance = chance = world.process_chance(name)
         self.world = world
         self.name = self._name = name
         self.is_up = True
@@ -135,9 +137,9 @@ class SimulatedProcess(Driver):
         self.fatal: CoordError | None = None
         self.lag_ms = 0  # how much of this round has passed in system calls
         self.effects_left: int | None = None  # sends until the crash
-        self.offset = rng.randint(0, 10_000_000)
-        self.rate = rng.randint(996, 1004)  # per mille; the drift bound is 1 %
-        self.wall_offset = rng.randint(-3000, 3000)
+        self.offset = chance.randint(0, 10_000_000)
+        self.rate = chance.randint(996, 1004)  # per mille; the drift bound is 1 %
+        self.wall_offset = chance.randint(-3000, 3000)
         self._submitted: deque[Call] = deque()
         self._listeners: list[SessionListener] = []
         self._next_run = -1
@@ -147,7 +149,7 @@ class SimulatedProcess(Driver):
         self._request_timeout_ms = world.timing.request_timeout_ms
         self._grants = Grants()
         self._transport = self.transport = SimulatedTransport(world, self)
-        self.incarnation = rng.getrandbits(62)
+        self.incarnation = chance.getrandbits(62)
         self.events: list[LogEvent] = []
 
     def clock(self) -> int:
@@ -169,7 +171,7 @@ class SimulatedProcess(Driver):
     def _make_links(self, is_member: bool, disk_id: bytes, members: Sequence[str]) -> Links:
         identity = ChannelIdentity(CLUSTER, self.name, self.incarnation, is_member, disk_id)
         make = Links if self.world.is_sealed else PlainLinks
-        return make(self.transport, _keys(), identity, members=members, random_bytes=self.world.rng.randbytes)
+        return make(self.transport, _keys(), identity, members=members, random_bytes=self.chance.randbytes)
 
     def count_effect(self) -> None:
         if self.effects_left is not None:
@@ -275,13 +277,13 @@ class MemberProcess(SimulatedProcess, MemberDriver):
     def __init__(self, world: World, name: str, fs: SimulatedFileSystem, *, bootstrap: bool = False) -> None:
         self._begin(world, name)
         self.fs = fs
-        rng = world.rng
+        chance = self.chance
         storage = _Storage(
             fs,
             "/data",
             node_id=name,
             cluster_name=CLUSTER,
-            new_disk_id=rng.randbytes(16),
+            new_disk_id=chance.randbytes(16),
             segment_size_bytes=world.segment_size_bytes,
             fill_size_bytes=4096,
         )
@@ -296,8 +298,8 @@ class MemberProcess(SimulatedProcess, MemberDriver):
             identity=recovered.identity,
             recovered=recovered.groups.get(0),
             snapshot=self._disk.read_snapshot(),
-            random_bytes=rng.randbytes,
-            random_ticks=rng.randint,
+            random_bytes=chance.randbytes,
+            random_ticks=chance.randint,
             now=self.clock(),
             reads_by_lease=world.reads_by_lease,
             wants_bootstrap=bootstrap,
@@ -313,13 +315,14 @@ class MemberProcess(SimulatedProcess, MemberDriver):
 
     def crash_within(self, effects: int) -> None:
         """Crash before one of the next few effects, on the disk or on the wire."""
-        self.effects_left = self.world.rng.randint(0, effects)
-        self.fs.crash_at = self.fs.effects + self.world.rng.randint(0, effects)
+        chance = self.world.choices.stream("faults")
+        self.effects_left = chance.randint(0, effects)
+        self.fs.crash_at = self.fs.effects + chance.randint(0, effects)
 
     def crash(self) -> None:
         """The machine loses power: what was not synced is kept, lost or torn."""
         self.end()
-        self.fs.crash(self.world.rng)
+        self.fs.crash(self.world.disk_chance)
 
     def kill(self) -> None:
         """As kill -9: what was written stays."""
@@ -333,7 +336,7 @@ class ClientProcess(SimulatedProcess, ClientDriver):
     def __init__(self, world: World, name: str, endpoints: Sequence[str]) -> None:
         self._begin(world, name)
         self._kernel = ClientKernel(
-            name=name, timing=world.timing, random_bytes=world.rng.randbytes, now=self.clock()
+            name=name, timing=world.timing, random_bytes=self.chance.randbytes, now=self.clock()
         )
         self.kernel: ClientKernel = self._kernel
         self._links = self._make_links(False, b"", ())

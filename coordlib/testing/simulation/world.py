@@ -12,7 +12,7 @@ its own rate. Sealing costs more than all the rest, so that connections are plai
 from __future__ import annotations
 
 import heapq
-import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +24,7 @@ from coordlib.machine.effects import Applied
 from coordlib.node.service import RequestService
 from coordlib.raft.messages import Entry
 from coordlib.testing.disk import SimulatedFileSystem
+from coordlib.testing.simulation.choices import Choices, Stream
 from coordlib.testing.simulation.network import SimulatedTransport
 from coordlib.testing.simulation.processes import ClientProcess, MemberProcess, Process, SimulatedProcess
 
@@ -48,7 +49,9 @@ class World:
         segment_size_bytes: int = 64 * 1024,
     ) -> None:
         self.seed = seed
-        self.rng = random.Random(seed)
+        self.choices = Choices(seed)
+        self.network_chance = self.choices.stream("network")
+        self.disk_chance = self.choices.stream("disk")
         self.now = 0
         self.timing = timing or Timing()
         self.is_sealed = is_sealed
@@ -59,6 +62,7 @@ class World:
         self.members = {f"n{i}": f"memory://n{i}" for i in range(1, members + 1)}
         self.disks = {name: SimulatedFileSystem() for name in self.members}
         self.processes: dict[str, Process] = {}
+        self._starts: Counter[str] = Counter()
         self.listeners: dict[str, SimulatedTransport] = {}
         self.cuts: set[tuple[str, str]] = set()
         self.fatal: list[tuple[str, CoordError]] = []
@@ -122,17 +126,22 @@ class World:
 
     # -- chance
 
+    def process_chance(self, name: str) -> Stream:
+        """The stream of the next process of that name."""
+        self._starts[name] += 1
+        return self.choices.stream(f"process:{name}:{self._starts[name]}")
+
     def delay(self) -> int:
-        rng = self.rng
-        if rng.random() < 0.01:
-            return rng.randint(0, 20 * self.delay_ms_max)
-        return rng.randint(0, self.delay_ms_max)
+        chance = self.network_chance
+        if chance.random() < 0.01:
+            return chance.randint(0, 20 * self.delay_ms_max)
+        return chance.randint(0, self.delay_ms_max)
 
     def disk_delay(self) -> int:
-        rng = self.rng
-        if rng.random() < 0.005:
-            return rng.randint(0, 100 * self.disk_ms_max)
-        return rng.randint(0, self.disk_ms_max)
+        chance = self.disk_chance
+        if chance.random() < 0.005:
+            return chance.randint(0, 100 * self.disk_ms_max)
+        return chance.randint(0, self.disk_ms_max)
 
     # -- processes and faults
 
@@ -202,5 +211,5 @@ class World:
             if link.listener is not None
         ]
         if links:
-            link = self.rng.choice(links)
+            link = self.choices.stream("faults").choice(links)
             link.dialer.reset(link)
