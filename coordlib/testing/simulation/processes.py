@@ -5,6 +5,7 @@ What a process takes from the world: its clock, its disk, its wires. What is not
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,8 +61,9 @@ class Operation:
     ):
         self.process = process
         self.result: Any = None
-        self.error: CoordError | None = None
+        self.error: CoordError | CancelledError | None = None
         self.is_done = False
+        self._call: Call | None = None  # for which it waits
         self._generator = generator
         self._done = done
         process.operations[self] = None
@@ -76,7 +78,20 @@ class Operation:
         except (CoordError, KeyboardInterrupt, StopIteration):
             pass
 
+    def cancel(self) -> None:
+        """
+        Do as `arun` does when its task is cancelled, or `run` at Ctrl-C; nothing if it has ended.
+
+        It ends with a CancelledError, at once or after what its `with` blocks do at their exits; or as if
+        nothing had happened, if it takes no notice.
+        """
+        if not self.is_done:
+            self._call = None
+            self._advance(lambda: self._generator.throw(CancelledError()))
+
     def resume(self, call: Call) -> None:
+        if call is not self._call:
+            return  # nobody waits for it any more
         error, reply = call.error, call.reply
         if error is not None:
             self._advance(lambda: self._generator.throw(error))
@@ -103,15 +118,15 @@ class Operation:
             except StopIteration as stop:
                 self._end(stop.value, None)
                 return
-            except CoordError as error:
+            except (CoordError, CancelledError) as error:
                 self._end(None, error)
                 return
         call = _SimulatedCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
         call.operation = self
-        step.call = call
+        step.call = self._call = call
         process.submit(call)
 
-    def _end(self, result: Any, error: CoordError | None) -> None:
+    def _end(self, result: Any, error: CoordError | CancelledError | None) -> None:
         self.result, self.error, self.is_done = result, error, True
         self.process.operations.pop(self, None)
         if self._done is not None:
