@@ -1,0 +1,630 @@
+"""What must hold in every cluster at every moment, checked from outside, after every event.
+
+The core checks itself with `invariant()`. Nothing here trusts it: what is on a disk is known from what the storage
+said it had written, and that it was synced from the disk itself; what was promised, from the messages that left; what
+was applied, from the replies. A defect in the core that also blinds its own checks is still seen.
+
+Checked here, by the names in `Violation.check`:
+
+====================  ==============================================================================================
+election safety       at most one leader a term, for ever (Raft figure 3)
+one vote              one vote for each member and term over its whole life, restarts included
+term order            a member's term never falls, and no restart takes it below what its disk was told
+durable promise       a vote, an acknowledgement or a candidacy leaves only when what it promises is on the disk
+synced write          what the storage calls durable leaves nothing un-synced in the log's files
+recovered log         after a restart all is there that was durable, and nothing that nobody wrote
+log matching          the same term and index mean the same entry and the same predecessor, on every disk
+commit safety         nothing committed is overwritten, truncated or committed differently; commits never fall
+commit quorum         when an entry is first committed, the disks of a quorum hold it
+commit term           a leader commits by counting only entries of its own term (Raft figure 8)
+leader completeness   who is elected has all that was committed before its term
+match index           what a leader believes of a follower's log is on that follower's disk
+applied order         every member applies every committed command once, in order, without a gap
+same reply            ... with the same reply and the same effects as all others
+same state            ... and the same state, compared at intervals and after every snapshot and restart
+exactly once          a session's command is executed once; repeated, it gets the first answer or none
+fencing token         tokens rise over all grants of all locks, for ever
+one holder            a lock is granted to one acquisition of a living session at a time
+busy loop             no process runs more often than a bound allows
+====================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from coordlib.cbor import decode
+from coordlib.errors import CoordError
+from coordlib.machine import commands
+from coordlib.machine.commands import OpCode
+from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
+from coordlib.raft.messages import (
+    AppendEntries,
+    AppendReply,
+    Entry,
+    EntryKind,
+    HardState,
+    Heartbeat,
+    RequestVote,
+    VoteReply,
+)
+from coordlib.storage.base import Persist, RecoveredGroup
+
+if TYPE_CHECKING:
+    from coordlib.testing.simulation.marks import Marks
+    from coordlib.testing.simulation.processes import MemberProcess, SimulatedProcess
+
+__all__ = ["Invariants", "Violation"]
+
+DIGEST_EVERY: Final = 64
+"""States are compared at every so many applied entries; comparing takes as long as writing a snapshot."""
+
+ROUNDS_PER_SECOND_MAX: Final = 4000
+_COMMAND: Final = int(EntryKind.COMMAND)
+_SKIPPED: Final = b"not a command"
+
+
+class Violation(AssertionError):
+    """A promise of the product is broken. `check` names the one, as in the module's table."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"{check}: {message}")
+        self.check = check
+        self.message = message
+
+
+class _Committed(NamedTuple):
+    term: int
+    kind: int
+    data: bytes
+    seen_term: int  # of whom it was first seen committed by: committed in this term or before
+
+
+class _Outcome(NamedTuple):
+    """Of applying one command, as the first member saw it."""
+
+    reply: bytes
+    effects: tuple[Any, ...]
+
+
+class _Disk:
+    """What a member's disk holds, by what its storage said it had made durable."""
+
+    __slots__ = ("attempt", "base", "hard_state", "last", "terms")
+
+    def __init__(self) -> None:
+        self.hard_state = HardState(0, "")
+        self.base = 0  # a snapshot stands for everything up to here
+        self.terms: dict[int, int] = {}  # index -> term
+        self.last = 0
+        self.attempt: Persist | None = None  # being written: after a crash it may be there, or parts of it
+
+    def holds(self, index: int, term: int) -> bool:
+        return index <= self.base or self.terms.get(index) == term
+
+    def take(self, batch: Persist) -> None:
+        if batch.restored is not None:
+            self.base = self.last = batch.restored.index
+            self.terms = {self.base: batch.restored.term}
+        if batch.hard_state is not None:
+            self.hard_state = batch.hard_state
+        if batch.entries:
+            terms = self.terms
+            for index in range(batch.entries[0].index, self.last + 1):
+                terms.pop(index, None)
+            for entry in batch.entries:
+                terms[entry.index] = entry.term
+            self.last = batch.entries[-1].index
+
+
+class _Life:
+    """What was seen of one process from its start to its end."""
+
+    __slots__ = ("applied", "commands", "commit", "rounds", "second", "term", "was_leader")
+
+    def __init__(self, term: int, index: int) -> None:
+        self.term = term
+        self.commit = index
+        self.applied = index
+        self.commands: list[int] = []  # indexes of commands applied since `applied`
+        self.was_leader = False
+        self.second = -1
+        self.rounds = 0
+
+
+class Invariants:
+    """
+    The observer of a world. Every method raises `Violation` when a promise is broken.
+
+    Args:
+        members: The names of all voters.
+        marks: Where to note what was reached.
+    """
+
+    def __init__(self, members: Sequence[str], marks: Marks) -> None:
+        self._marks = marks
+        self._quorum = len(members) // 2 + 1
+        self._disks = {name: _Disk() for name in members}
+        self._lives: dict[str, _Life] = {}
+        self._votes: dict[tuple[str, int], str] = {}
+        self.leaders: dict[int, str] = {}
+        self._entries: dict[tuple[int, int], tuple[int, int, bytes]] = {}  # -> predecessor's term, kind, data
+        self.committed: dict[int, _Committed] = {}
+        self.committed_max = 0
+        self._outcomes: dict[int, _Outcome] = {}
+        self._digests: dict[int, bytes] = {}
+        self._model = _Model(marks)
+
+    # -- on the disk ---------------------------------------------------------------------------------------
+
+    def started(
+        self, process: MemberProcess, recovered: RecoveredGroup | None, *, is_damaged: bool = False
+    ) -> None:
+        """
+        A member began on its disk.
+
+        Args:
+            is_damaged: The disk lost or changed by a fault what had been durable, so that less is expected of it.
+        """
+        name = process.name
+        disk = self._disks[name]
+        group = recovered or RecoveredGroup(HardState(0, ""), None, [])
+        snapshot = group.snapshot
+        base = snapshot.index if snapshot is not None else 0
+        if not is_damaged:
+            self._check_recovered(name, disk, group, base)
+        self._disks[name] = disk = _Disk()
+        disk.hard_state = group.hard_state
+        disk.base = disk.last = base
+        if snapshot is not None:
+            disk.terms[base] = snapshot.term
+            self._marks.hit("snapshot_recovered")
+        for entry in group.entries:
+            disk.terms[entry.index] = entry.term
+            disk.last = max(disk.last, entry.index)
+        self._note_entries(name, group.entries)
+        self._lives[name] = _Life(group.hard_state.term, base)
+        if base:
+            self._compare_state(process)
+
+    def _check_recovered(self, name: str, disk: _Disk, group: RecoveredGroup, base: int) -> None:
+        attempt = disk.attempt
+        known, found = disk.hard_state, group.hard_state
+        attempted = attempt.hard_state if attempt is not None else None
+        if found not in (known, attempted):
+            raise Violation(
+                "term order", f"{name} was told {known} (or {attempted}) and came back with {found}"
+            )
+        if base < disk.base and base + 1 < (group.entries[0].index if group.entries else disk.base + 1):
+            raise Violation(
+                "recovered log", f"{name} had a snapshot at {disk.base} and came back with one at {base}"
+            )
+        terms = {entry.index: entry.term for entry in group.entries}
+        replaced_from = disk.last + 1
+        others: dict[int, int] = {}
+        if attempt is not None:
+            others = {entry.index: entry.term for entry in attempt.entries}
+            if attempt.restored is not None:
+                replaced_from = 0
+            elif attempt.entries:
+                replaced_from = attempt.entries[0].index
+        for index, term in disk.terms.items():
+            if base < index < replaced_from and terms.get(index) != term:
+                raise Violation(
+                    "recovered log",
+                    f"{name} had made entry {index} of term {term} durable and came back with {terms.get(index)}",
+                )
+        for index, term in terms.items():
+            if index > base and disk.terms.get(index) != term and others.get(index) != term:
+                raise Violation(
+                    "recovered log", f"{name} came back with entry {index} of term {term}, never written"
+                )
+        if attempt is not None:
+            is_kept = any(terms.get(index) == term for index, term in others.items()) or found == attempted
+            self._marks.hit("restart_kept_unsynced" if is_kept else "restart_lost_unsynced")
+
+    def writing(self, process: MemberProcess, batch: Persist) -> None:
+        """The storage is about to make this durable."""
+        disk = self._disks[process.name]
+        disk.attempt = batch
+        entries = batch.entries
+        committed = self.committed
+        if not entries:
+            return
+        first = entries[0].index
+        if disk.last >= first and batch.restored is None:
+            terms = {disk.terms[index] for index in range(first, disk.last + 1) if index in disk.terms}
+            self._marks.hit("truncated_conflict")
+            if len(terms) > 1:
+                self._marks.hit("truncated_two_terms")
+        kept = {entry.index: entry for entry in entries}
+        for index in range(first, max(disk.last, entries[-1].index) + 1):
+            known = committed.get(index)
+            if known is None:
+                continue
+            entry = kept.get(index)
+            if entry is None:
+                if disk.terms.get(index) == known.term:
+                    raise Violation(
+                        "commit safety",
+                        f"{process.name} truncates at {first} and loses committed entry {index}",
+                    )
+            elif (entry.term, entry.data) != (known.term, known.data):
+                raise Violation(
+                    "commit safety",
+                    f"{process.name} writes entry {index} of term {entry.term} over the committed one of term {known.term}",
+                )
+
+    def wrote(self, process: MemberProcess, batch: Persist) -> None:
+        """The storage said that this is durable."""
+        name = process.name
+        for path, change in process.fs.pending():
+            # Zeros are written ahead of the log, and nothing is lost with them.
+            if path.endswith(".log") and (change.data is None or change.data.strip(b"\0")):
+                raise Violation("synced write", f"{name} calls a write durable and has not synced {path}")
+        disk = self._disks[name]
+        disk.attempt = None
+        disk.take(batch)
+        self._note_entries(name, batch.entries)
+        if batch.restored is not None:
+            self._marks.hit("snapshot_installed")
+            index = batch.restored.index
+            life = self._lives[name]
+            life.applied = index
+            life.commands.clear()
+            known = self.committed.get(index)
+            if known is None or known.term != batch.restored.term:
+                raise Violation(
+                    "commit safety", f"{name} installs a snapshot at {index}, which is not committed"
+                )
+            life.commit = max(life.commit, index)
+
+    def _note_entries(self, name: str, entries: Sequence[Entry]) -> None:
+        if not entries:
+            return
+        known = self._entries
+        terms = self._disks[name].terms
+        before = terms.get(entries[0].index - 1, -1)  # -1: under a snapshot, not known
+        for term, index, kind, data in entries:
+            key = (index, term)
+            found = known.get(key)
+            if found is None or (found[0] < 0 and before >= 0):
+                if found is not None and (found[1] != kind or found[2] != data):
+                    raise Violation("log matching", f"{name} has another entry {index} of term {term}")
+                known[key] = (before, kind, data)
+            elif found[2] != data or found[1] != kind:
+                raise Violation(
+                    "log matching", f"{name} has another entry {index} of term {term} than it had elsewhere"
+                )
+            elif before >= 0 and found[0] != before:
+                raise Violation(
+                    "log matching",
+                    f"{name} has entry {index} of term {term} after one of term {before}, elsewhere {found[0]}",
+                )
+            before = term
+
+    # -- on the wire ---------------------------------------------------------------------------------------
+
+    def sending(self, process: SimulatedProcess, receiver: str, messages: Sequence[tuple[int, Any]]) -> None:
+        """Messages leave for another member."""
+        for _, message in messages:
+            check = _PROMISES.get(type(message))
+            if check is not None:
+                check(self, process.name, receiver, message)
+
+    def _check_append(self, name: str, _receiver: str, message: AppendEntries | Heartbeat) -> None:
+        leader = self.leaders.setdefault(message.term, name)
+        if leader != name:
+            raise Violation("election safety", f"{name} and {leader} both lead term {message.term}")
+        if self._disks[name].hard_state != (message.term, name):
+            raise Violation(
+                "durable promise", f"{name} leads term {message.term} without having its own vote on the disk"
+            )
+
+    def _check_append_reply(self, name: str, _receiver: str, message: AppendReply) -> None:
+        if not message.is_success:
+            return
+        disk = self._disks[name]
+        if not disk.holds(message.match_index, message.match_term) and message.match_index:
+            raise Violation(
+                "durable promise",
+                f"{name} acknowledges entry {message.match_index} of term {message.match_term}, and its disk has "
+                f"{disk.terms.get(message.match_index)}",
+            )
+        if disk.hard_state.term < message.term:
+            raise Violation(
+                "durable promise", f"{name} answers in term {message.term}, its disk knows {disk.hard_state}"
+            )
+
+    def _check_vote_request(self, name: str, _receiver: str, message: RequestVote) -> None:
+        if message.is_pre_vote:
+            return
+        self._vote(name, message.term, name)
+
+    def _check_vote_reply(self, name: str, receiver: str, message: VoteReply) -> None:
+        if message.is_granted and not message.is_pre_vote:
+            self._vote(name, message.request_term, receiver)
+
+    def _vote(self, name: str, term: int, candidate: str) -> None:
+        before = self._votes.setdefault((name, term), candidate)
+        if before != candidate:
+            raise Violation(
+                "one vote", f"{name} votes for {candidate} in term {term}, and had voted for {before}"
+            )
+        known = self._disks[name].hard_state
+        if known.term < term or (known.term == term and known.vote != candidate):
+            raise Violation(
+                "durable promise",
+                f"{name} gives its vote to {candidate} in term {term}, and its disk knows {known}",
+            )
+
+    # -- in memory -----------------------------------------------------------------------------------------
+
+    def turned(self, process: SimulatedProcess, now_ms: int) -> None:
+        """A process went round once, to its end or to its crash."""
+        life = self._lives.get(process.name)
+        if life is None:
+            return
+        second = now_ms // 1000
+        if second != life.second:
+            life.second, life.rounds = second, 0
+        life.rounds += 1
+        if life.rounds > ROUNDS_PER_SECOND_MAX:
+            raise Violation("busy loop", f"{process.name} ran {life.rounds} rounds within a second")
+        raft = process._kernel.raft
+        if raft is None:
+            return
+        term = raft.term
+        if term != life.term:
+            if term < life.term:
+                raise Violation("term order", f"{process.name} goes from term {life.term} back to {term}")
+            life.term = term
+            if life.was_leader:
+                life.was_leader = False
+                self._marks.hit("leader_deposed")
+        if raft.is_leader:
+            if not life.was_leader:
+                life.was_leader = True
+                self._elected(process)
+            for peer in raft._peers:
+                disk = self._disks[peer.name]
+                if peer.match > disk.last and peer.match > disk.base:
+                    raise Violation(
+                        "match index",
+                        f"{process.name} believes that {peer.name} has entry {peer.match}, its disk ends at {disk.last}",
+                    )
+        elif life.was_leader:
+            life.was_leader = False
+            self._marks.hit("leader_deposed")
+        commit = raft.commit_index
+        if commit != life.commit:
+            self._committed_to(process, life, commit)
+        applied = process._kernel.machine.applied_index
+        if applied != life.applied:
+            self._applied_to(process.name, life, applied)
+
+    def _elected(self, process: SimulatedProcess) -> None:
+        raft = process._kernel.raft
+        name, term, log = process.name, raft.term, raft.log
+        leader = self.leaders.setdefault(term, name)
+        if leader != name:
+            raise Violation("election safety", f"{name} and {leader} both lead term {term}")
+        if any(later > term for later in self.leaders):
+            self._marks.hit("late_leader")
+        for index in range(log.start_index + 1, self.committed_max + 1):
+            known = self.committed.get(index)
+            if known is not None and known.seen_term < term and log.term_at(index) != known.term:
+                raise Violation(
+                    "leader completeness",
+                    f"{name} leads term {term} with {log.term_at(index)} at {index}, where an entry of term {known.term} "
+                    f"was committed by term {known.seen_term}",
+                )
+
+    def _committed_to(self, process: SimulatedProcess, life: _Life, commit: int) -> None:
+        name, raft = process.name, process._kernel.raft
+        if commit < life.commit:
+            raise Violation("commit safety", f"{name}'s commit index falls from {life.commit} to {commit}")
+        log = raft.log
+        before = max(life.commit, log.start_index)
+        committed = self.committed
+        is_first = False
+        for entry in log.slice(before, commit):
+            term, index, kind, data = entry
+            known = committed.get(index)
+            if known is None:
+                is_first = True
+                self._check_quorum(name, index, term)
+                committed[index] = _Committed(term, kind, data, raft.term)
+                if index > self.committed_max:
+                    self.committed_max = index
+            elif known.term != term or known.data != data:
+                raise Violation(
+                    "commit safety",
+                    f"{name} commits entry {index} of term {term}, committed elsewhere with term {known.term}",
+                )
+        if is_first and raft.is_leader:
+            if log.term_at(commit) != raft.term:
+                raise Violation(
+                    "commit term",
+                    f"{name} in term {raft.term} commits up to {commit}, which is of term {log.term_at(commit)}",
+                )
+            if log.term_at(before + 1) not in (raft.term, -1):
+                self._marks.hit("committed_earlier_term")
+        life.commit = commit
+
+    def _check_quorum(self, name: str, index: int, term: int) -> None:
+        holders = [member for member, disk in self._disks.items() if disk.holds(index, term)]
+        if len(holders) < self._quorum:
+            raise Violation(
+                "commit quorum",
+                f"{name} commits entry {index} of term {term}, which only the disks of {holders} hold",
+            )
+
+    # -- in the machine ------------------------------------------------------------------------------------
+
+    def applied(self, process: MemberProcess, entry: Entry, applied: Applied) -> None:
+        """A member applied a command."""
+        index = entry.index
+        name = process.name
+        self._lives[name].commands.append(index)
+        outcome = self._outcomes.get(index)
+        if outcome is None:
+            self._outcomes[index] = _Outcome(applied.reply, applied.effects)
+            self._model.apply(entry, applied)
+        elif outcome.reply != applied.reply or outcome.effects != applied.effects:
+            raise Violation(
+                "same reply",
+                f"{name} applied entry {index} with {applied.reply!r} {applied.effects}, another with {outcome}",
+            )
+        if index % DIGEST_EVERY == 0:
+            self._compare_state(process)
+
+    def _compare_state(self, process: MemberProcess) -> None:
+        machine = process._kernel.machine
+        index, digest = machine.applied_index, machine.digest()
+        if self._digests.setdefault(index, digest) != digest:
+            raise Violation(
+                "same state", f"{process.name} has another state at index {index} than another member had"
+            )
+
+    def _applied_to(self, name: str, life: _Life, applied: int) -> None:
+        if applied < life.applied:
+            raise Violation(
+                "applied order", f"{name}'s state goes from entry {life.applied} back to {applied}"
+            )
+        if applied > life.commit:
+            raise Violation("applied order", f"{name} applied entry {applied}, committed is {life.commit}")
+        committed = self.committed
+        due = [
+            index
+            for index in range(life.applied + 1, applied + 1)
+            if (known := committed.get(index)) is not None and known.kind == _COMMAND
+        ]
+        if due != life.commands:
+            raise Violation(
+                "applied order",
+                f"{name} went from {life.applied} to {applied} with {life.commands} instead of {due}",
+            )
+        life.applied = applied
+        life.commands = []
+
+    def finish(self, processes: Sequence[MemberProcess]) -> None:
+        """Everything is healed and quiet: the members' states are one and the same."""
+        applied = {process.name: process._kernel.machine.applied_index for process in processes}
+        if len(set(applied.values())) > 1:
+            raise Violation("same state", f"the members applied different numbers of entries: {applied}")
+        for process in processes:
+            self._compare_state(process)
+            process._kernel.machine.check_invariants()
+
+
+_PROMISES: Final[dict[type, Any]] = {
+    AppendEntries: Invariants._check_append,
+    Heartbeat: Invariants._check_append,
+    AppendReply: Invariants._check_append_reply,
+    RequestVote: Invariants._check_vote_request,
+    VoteReply: Invariants._check_vote_reply,
+}
+
+
+class _Model:
+    """Sessions and locks as they must be, by the log alone; another reading of the same commands."""
+
+    __slots__ = ("_answers", "_ended", "_holders", "_marks", "_sessions", "_token")
+
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
+        self._answers: dict[tuple[int, int], bytes] = {}
+        self._sessions: set[int] = set()
+        self._ended: set[int] = set()
+        self._holders: dict[bytes, tuple[int, int, int]] = {}  # lock -> session, sequence, token
+        self._token = 0
+
+    def apply(self, entry: Entry, applied: Applied) -> None:
+        _, session, sequence, _, operation = commands.unpack_entry(entry.data)
+        if session and not self._is_due(entry.index, session, sequence, applied):
+            return
+        try:
+            args = decode(operation)
+        except CoordError:
+            return
+        for effect in applied.effects:
+            if isinstance(effect, SessionOpened):
+                self._sessions.add(effect.session)
+        opcode = args[0]
+        if commands.is_success(applied.reply):
+            if opcode == OpCode.ACQUIRE:
+                is_granted, token, _ = commands.decode_reply(applied.reply)
+                if is_granted:
+                    self._grant(entry.index, args[1], session, sequence, token)
+            elif opcode == OpCode.RELEASE:
+                self._release(args[1], session, args[2])
+            elif opcode == OpCode.BREAK:
+                self._holders.pop(args[1], None)
+        ended = {effect.session for effect in applied.effects if isinstance(effect, SessionEnded)}
+        for lost in ended:
+            self._ended.add(lost)
+            self._sessions.discard(lost)
+            if opcode == OpCode.SESSION_EXPIRE:
+                self._marks.hit("session_expired")
+        for lock in [lock for lock, holder in self._holders.items() if holder[0] in ended]:
+            self._marks.hit("lock_holder_died")
+            del self._holders[lock]
+        for effect in applied.effects:
+            if isinstance(effect, LockGranted):
+                self._marks.hit("lock_handed_over")
+                self._grant(entry.index, effect.lock, effect.session, effect.sequence, effect.token)
+            elif isinstance(effect, LockWithdrawn):
+                holder = next(
+                    (
+                        lock
+                        for lock, held in self._holders.items()
+                        if held[:2] == (effect.session, effect.sequence)
+                    ),
+                    None,
+                )
+                if holder is not None:
+                    del self._holders[holder]
+
+    def _is_due(self, index: int, session: int, sequence: int, applied: Applied) -> bool:
+        """Whether the command was to be executed; if it was not, that nothing came of it."""
+        answer = self._answers.get((session, sequence))
+        is_alive = session in self._sessions
+        if answer is None and is_alive:
+            self._answers[session, sequence] = applied.reply
+            return True
+        if answer is not None:
+            self._marks.hit("request_repeated")
+        is_refusal = not commands.is_success(applied.reply)
+        if applied.effects or not (is_refusal or applied.reply == answer):
+            raise Violation(
+                "exactly once",
+                f"entry {index} executes command {sequence} of session {session}, "
+                + ("which has ended" if not is_alive else "a second time"),
+            )
+        return False
+
+    def _grant(self, index: int, lock: bytes, session: int, sequence: int, token: int) -> None:
+        holder = self._holders.get(lock)
+        if holder is not None and holder[:2] != (session, sequence):
+            raise Violation(
+                "one holder", f"entry {index} grants {lock!r} to session {session}, while {holder} holds it"
+            )
+        if holder is not None and holder[2] == token:
+            return
+        if session not in self._sessions:
+            raise Violation(
+                "one holder", f"entry {index} grants {lock!r} to session {session}, which is not alive"
+            )
+        if token <= self._token:
+            raise Violation(
+                "fencing token", f"entry {index} grants {lock!r} with token {token}, after {self._token}"
+            )
+        self._token = token
+        self._holders[lock] = (session, sequence, token)
+
+    def _release(self, lock: bytes, session: int, sequence: int) -> None:
+        holder = self._holders.get(lock)
+        if holder is not None and holder[:2] == (session, sequence):
+            del self._holders[lock]
