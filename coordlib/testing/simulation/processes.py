@@ -186,7 +186,16 @@ class SimulatedProcess(Driver):
     def _make_links(self, is_member: bool, disk_id: bytes, members: Sequence[str]) -> Links:
         identity = ChannelIdentity(CLUSTER, self.name, self.incarnation, is_member, disk_id)
         make = Links if self.world.is_sealed else PlainLinks
-        return make(self.transport, _keys(), identity, members=members, random_bytes=self.chance.randbytes)
+        links = make(self.transport, _keys(), identity, members=members, random_bytes=self.chance.randbytes)
+        observer, send = self.world.observer, links.send
+        if observer is not None and is_member:
+
+            def watched(name: str, messages: Sequence[tuple[int, Any]], **more: Any) -> Any:
+                observer.sending(self, name, messages)
+                return send(name, messages, **more)
+
+            links.send = watched  # type: ignore[method-assign]  # looked at, not changed
+        return links
 
     def count_effect(self) -> None:
         if self.effects_left is not None:
@@ -235,6 +244,7 @@ class SimulatedProcess(Driver):
             self.events += links.events
             links.events.clear()
         except CrashNow:
+            self._observe_turn()
             self.crash()
             return
         except CoordError as error:
@@ -242,9 +252,15 @@ class SimulatedProcess(Driver):
             self.world.fatal.append((self.name, error))
             self.end()
             return
+        self._observe_turn()
         self._busy_until = self.world.now + self.lag_ms
         self.lag_ms = 0
         self._run_at(self._world_time(min(kernel.deadline, links.deadline)))
+
+    def _observe_turn(self) -> None:
+        observer = self.world.observer
+        if observer is not None:
+            observer.turned(self, self.world.now)
 
     def _deliver(self, effects: Effects) -> None:
         self.events += effects.events
@@ -282,8 +298,16 @@ class _Storage(SegmentStorage):
     process: MemberProcess
 
     def write(self, batch: Sequence[Persist]) -> None:
+        world = self.process.world
+        observer = world.observer
+        if observer is not None:
+            for item in batch:
+                observer.writing(self.process, item)
         super().write(batch)
-        self.process.lag_ms += self.process.world.disk_delay()
+        self.process.lag_ms += world.disk_delay()
+        if observer is not None:
+            for item in batch:
+                observer.wrote(self.process, item)
 
 
 class MemberProcess(SimulatedProcess, MemberDriver):
@@ -325,6 +349,8 @@ class MemberProcess(SimulatedProcess, MemberDriver):
         for other, endpoint in sorted(world.members.items()):
             if other != name:
                 self._links.connect(endpoint, other, (Lane.CONTROL, Lane.BULK))
+        if world.observer is not None:
+            world.observer.started(self, recovered.groups.get(0))
         self._kernel.open_session(self.clock())
         self.wake()
 

@@ -15,7 +15,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from coordlib.config import Timing
@@ -27,6 +27,9 @@ from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.choices import Choices, Stream
 from coordlib.testing.simulation.network import SimulatedTransport
 from coordlib.testing.simulation.processes import ClientProcess, MemberProcess, Process, SimulatedProcess
+
+if TYPE_CHECKING:
+    from coordlib.testing.simulation.invariants import Invariants
 
 __all__ = ["World"]
 
@@ -69,6 +72,7 @@ class World:
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._serial = 0
         self.clock_process: SimulatedProcess | None = None
+        self.observer: Invariants | None = None  # set before the first start
         self.on_applied: Callable[[str, Entry, Applied], None] | None = None
         self._patches = ExitStack()
 
@@ -119,6 +123,8 @@ class World:
         def observed(entry: Entry, applied: Applied, now: int) -> None:
             if self.on_applied is not None:
                 self.on_applied(node_id, entry, applied)
+            if self.observer is not None:
+                self.observer.applied(self.member(node_id), entry, applied)
             go_on(entry, applied, now)
 
         service.applied = observed  # type: ignore[method-assign]  # looked at, not changed
