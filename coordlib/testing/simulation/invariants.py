@@ -239,21 +239,16 @@ class Invariants:
             if len(terms) > 1:
                 self._marks.hit("truncated_two_terms")
         kept = {entry.index: entry for entry in entries}
-        for index in range(first, max(disk.last, entries[-1].index) + 1):
+        for index in range(first, disk.last + 1):
             known = committed.get(index)
-            if known is None:
-                continue
+            if known is None or disk.terms.get(index) != known.term:
+                continue  # a deposed leader may well have something else where the others go on
             entry = kept.get(index)
-            if entry is None:
-                if disk.terms.get(index) == known.term:
-                    raise Violation(
-                        "commit safety",
-                        f"{process.name} truncates at {first} and loses committed entry {index}",
-                    )
-            elif (entry.term, entry.data) != (known.term, known.data):
+            if entry is None or entry.term != known.term:
                 raise Violation(
                     "commit safety",
-                    f"{process.name} writes entry {index} of term {entry.term} over the committed one of term {known.term}",
+                    f"{process.name} writes from {first} on and loses entry {index} of term {known.term}, "
+                    "which is committed",
                 )
 
     def wrote(self, process: MemberProcess, batch: Persist) -> None:
@@ -388,11 +383,11 @@ class Invariants:
                 life.was_leader = True
                 self._elected(process)
             for peer in raft._peers:
-                disk = self._disks[peer.name]
+                disk = self._disks[peer.node_id]
                 if peer.match > disk.last and peer.match > disk.base:
                     raise Violation(
                         "match index",
-                        f"{process.name} believes that {peer.name} has entry {peer.match}, its disk ends at {disk.last}",
+                        f"{process.name} believes that {peer.node_id} has entry {peer.match}, its disk ends at {disk.last}",
                     )
         elif life.was_leader:
             life.was_leader = False
@@ -427,22 +422,9 @@ class Invariants:
             raise Violation("commit safety", f"{name}'s commit index falls from {life.commit} to {commit}")
         log = raft.log
         before = max(life.commit, log.start_index)
-        committed = self.committed
         is_first = False
         for entry in log.slice(before, commit):
-            term, index, kind, data = entry
-            known = committed.get(index)
-            if known is None:
-                is_first = True
-                self._check_quorum(name, index, term)
-                committed[index] = _Committed(term, kind, data, raft.term)
-                if index > self.committed_max:
-                    self.committed_max = index
-            elif known.term != term or known.data != data:
-                raise Violation(
-                    "commit safety",
-                    f"{name} commits entry {index} of term {term}, committed elsewhere with term {known.term}",
-                )
+            is_first |= self._note_committed(name, raft.term, entry)
         if is_first and raft.is_leader:
             if log.term_at(commit) != raft.term:
                 raise Violation(
@@ -452,6 +434,22 @@ class Invariants:
             if log.term_at(before + 1) not in (raft.term, -1):
                 self._marks.hit("committed_earlier_term")
         life.commit = commit
+
+    def _note_committed(self, name: str, term: int, entry: Entry) -> bool:
+        """Whether nobody was seen to have committed it before."""
+        index = entry.index
+        known = self.committed.get(index)
+        if known is not None:
+            if known.term != entry.term or known.data != entry.data:
+                raise Violation(
+                    "commit safety",
+                    f"{name} commits entry {index} of term {entry.term}, committed elsewhere with term {known.term}",
+                )
+            return False
+        self._check_quorum(name, index, entry.term)
+        self.committed[index] = _Committed(entry.term, entry.kind, entry.data, term)
+        self.committed_max = max(self.committed_max, index)
+        return True
 
     def _check_quorum(self, name: str, index: int, term: int) -> None:
         holders = [member for member, disk in self._disks.items() if disk.holds(index, term)]
@@ -468,6 +466,8 @@ class Invariants:
         index = entry.index
         name = process.name
         self._lives[name].commands.append(index)
+        # Here already, because it may be compacted at the end of the round.
+        self._note_committed(name, process._kernel.raft.term, entry)
         outcome = self._outcomes.get(index)
         if outcome is None:
             self._outcomes[index] = _Outcome(applied.reply, applied.effects)
