@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from coordlib.api.grants import Grants
 from coordlib.errors import CoordError
@@ -34,7 +34,7 @@ from coordlib.wire.keys import ClusterKeys
 if TYPE_CHECKING:
     from coordlib.testing.simulation.world import World
 
-__all__ = ["WALL_MS", "ClientProcess", "MemberProcess", "Operation", "Process", "SimulatedProcess"]
+__all__ = ["WALL_MS", "ClientProcess", "Guest", "MemberProcess", "Operation", "Process", "SimulatedProcess"]
 
 WALL_MS = 1_700_000_000_000
 
@@ -133,6 +133,16 @@ class Operation:
             self._done()
 
 
+class Guest(Protocol):
+    """Code of an application that runs in a simulated process, in threads of its own (application.py)."""
+
+    def deliver(self, effects: Effects) -> None:
+        """Calls that ended, and changes of the session."""
+
+    def resumed(self) -> None:
+        """The process goes on after a pause."""
+
+
 class SimulatedProcess(Driver):
     """What runs: a node with its clock, its transport and its part of the driver's loop."""
 
@@ -166,6 +176,7 @@ class SimulatedProcess(Driver):
         self._transport = self.transport = SimulatedTransport(world, self)
         self.incarnation = chance.getrandbits(62)
         self.events: list[LogEvent] = []
+        self.guest: Guest | None = None  # the application's code, where there is any
 
     def clock(self) -> int:
         """What this process's monotonic clock shows now."""
@@ -269,6 +280,8 @@ class SimulatedProcess(Driver):
         for call in effects.completed:
             if isinstance(call, _SimulatedCall):
                 call.operation.resume(call)
+        if self.guest is not None:
+            self.guest.deliver(effects)
 
     def pause(self) -> None:
         """As SIGSTOP: nothing runs, what arrives is kept."""
@@ -278,6 +291,8 @@ class SimulatedProcess(Driver):
         self.is_paused = False
         self._next_run = -1
         self.wake()
+        if self.guest is not None:
+            self.guest.resumed()
 
     def end(self) -> None:
         """End without a word."""
