@@ -14,7 +14,7 @@ import os
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -37,7 +37,7 @@ from coordlib.node.links import Links
 from coordlib.node.session import Call, SessionState, SessionView
 from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.storage.base import LogStorage
-from coordlib.transport.base import Lane, Transport, TransportKeys, TransportSettings
+from coordlib.transport.base import Lane, Transport, TransportEvent, TransportKeys, TransportSettings
 from coordlib.transport.registry import find_transport
 from coordlib.wire.channel import ChannelIdentity
 from coordlib.wire.keys import ClusterKeys
@@ -59,6 +59,9 @@ SessionListener = Callable[[SessionView, SessionState], None]
 
 class Driver:
     """What a member and a client have in common. Public methods may be called from any thread."""
+
+    _read_clock: Callable[[], int] = staticmethod(monotonic_ms)
+    _read_wall_clock: Callable[[], int] = staticmethod(wall_ms)
 
     def __init__(self, name: str, *, start_timeout_ms: int) -> None:
         self.pid = os.getpid()
@@ -268,19 +271,7 @@ class Driver:
                 # before concluding from anyone's silence.
                 events += transport.poll(DRAIN_MS_MAX / 1000)
                 self._was_late(late_ms, now)
-            links.receive(events, kernel, now)
-            for _ in range(len(submitted)):
-                kernel.submit(submitted.popleft(), now)
-            if not events or len(events) < 500:
-                now = monotonic_ms()  # anew: a lease is judged by a time after the reads came in
-                kernel.tick(now, wall_ms(), late_ms)
-                links.tick(now)
-            while questions:  # before the effects: a question may have to be sent on
-                questions.popleft()()
-            self._carry_out(kernel, now)
-            if links.events:
-                self._log(links.events)
-                links.events.clear()
+            now = self._turn(kernel, links, events, now, late_ms)
             if not self._started.is_set():
                 if kernel.has_usable_leader:
                     self._started.set()
@@ -301,6 +292,35 @@ class Driver:
                     if effects is not None:
                         self._deliver(effects)
                     return
+
+    def _turn(
+        self,
+        kernel: MemberKernel | ClientKernel,
+        links: Links,
+        events: Sequence[TransportEvent],
+        now: int,
+        late_ms: int,
+    ) -> int:
+        """
+        One turn of the loop, from what came in to what follows of it; the simulator's processes run it too.
+
+        Returns the time as it was last read.
+        """
+        links.receive(events, kernel, now)
+        submitted, questions = self._submitted, self._questions
+        for _ in range(len(submitted)):
+            kernel.submit(submitted.popleft(), now)
+        if len(events) < 500:
+            now = self._read_clock()  # anew: a lease is judged by a time after the reads came in
+            kernel.tick(now, self._read_wall_clock(), late_ms)
+            links.tick(now)
+        while questions:  # before the effects: a question may have to be sent on
+            questions.popleft()()
+        self._carry_out(kernel, now)
+        if links.events:
+            self._log(links.events)
+            links.events.clear()
+        return now
 
     def _was_late(self, late_ms: int, now: int) -> None:
         self.late_ms_max = max(self.late_ms_max, late_ms)
