@@ -115,7 +115,9 @@ MUTANTS = (
         (
             replace(
                 _API + "_acquire_gen",
-                "            if ask.call is not None:\n                yield Step.withdraw(ask, self._release_body)\n            raise\n",
+                "            if ask.call is not None:\n"
+                "                yield Step.withdraw(ask, self._release_body)\n"
+                "            raise\n",
                 "            _mutant_hit()\n            raise\n",
             ),
         ),
@@ -127,7 +129,8 @@ MUTANTS = (
             replace(
                 _API + "_release_gen",
                 "                return False\n            # It goes on",
-                "                return False\n            if _mutant_hit():\n                return True\n            # It goes on",
+                "                return False\n            if _mutant_hit():\n"
+                "                return True\n            # It goes on",
             ),
         ),
     ),

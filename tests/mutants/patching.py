@@ -11,7 +11,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ class Hits:
         return value
 
 
-@lru_cache(maxsize=None)
+@cache
 def _source(module: ModuleType) -> str:
     return inspect.getsource(module)
 
@@ -167,4 +167,4 @@ def switch_off_invariants() -> None:
     def believe(condition: object, message: str, *args: object) -> None:
         pass
 
-    errors.invariant.__code__ = believe.__code__  # type: ignore[attr-defined]  # a function, to be changed in place
+    errors.invariant.__code__ = believe.__code__

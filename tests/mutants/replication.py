@@ -111,7 +111,8 @@ MUTANTS = (
             replace(
                 _REPLICATION + "_note_contact",
                 "        if term != self.term:\n            if term > self.term:\n",
-                "        if term != self.term and (term > self.term or _mutant_hit(False)):\n            if term > self.term:\n",
+                "        if term != self.term and (term > self.term or _mutant_hit(False)):\n"
+                "            if term > self.term:\n",
             ),
             replace(
                 _REPLICATION + "_handle_append_reply",

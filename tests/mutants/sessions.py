@@ -46,7 +46,8 @@ MUTANTS = (
             replace(
                 _SERVICE + "tick",
                 "                self._expiring[session] = []\n",
-                "                self._expiring[session] = []\n                self._machine.sessions.remove(_mutant_hit(session))\n",
+                "                self._expiring[session] = []\n"
+                "                self._machine.sessions.remove(_mutant_hit(session))\n",
             ),
         ),
     ),

@@ -1,0 +1,312 @@
+"""Plants each defect in turn and tells who caught it.
+
+First the code as it is must pass; a simulator that cries wolf proves nothing. Then, for each defect, in this order and
+until it is caught:
+
+1. the simulator, with every `invariant()` of the code under test switched off: only what looks from outside is left;
+2. the same with `invariant()` on;
+3. the scenarios;
+4. the tests that the defect names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.mutants.patching import Mutant
+from tests.mutants.table import AREAS, KINDS, MUTANTS, kind_of
+from tests.mutants.worker import Finding
+
+__all__ = ["document", "main"]
+
+ROOT = Path(__file__).resolve().parents[2]
+SCENARIOS = "tests/scenarios"
+RESULTS = ROOT / "build" / "mutants.json"
+
+FROM_OUTSIDE = ("global invariant", "history checker")
+FROM_OUTSIDE_MIN = 35
+UNSEEN_SEEDS = 5
+CHECKED_SEEDS = 40
+
+
+@dataclass
+class Result:
+    """Of one defect. `stage` says by which means it was looked for when it was caught."""
+
+    name: str
+    finding: Finding
+    stage: str = ""
+    seeds_in_vain: int = 0  # of the simulator, before other means were tried
+    hits: int = 0  # over all stages
+    seconds: float = 0.0
+    fingerprint: str = ""
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.finding.check) if self.finding.check else "nobody"
+
+
+class Workers:
+    """Child processes, a few at a time. `end` ends those that run."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._is_ending = False
+
+    def run(self, **arguments: Any) -> Finding:
+        with self._lock:
+            if self._is_ending:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.mutants.worker", json.dumps(arguments)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self._running.add(process)
+        try:
+            output, errors = process.communicate()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+        lines = output.splitlines()
+        if process.returncode or not lines:
+            if self._is_ending:
+                raise KeyboardInterrupt
+            if arguments["mutant"] and process.returncode < 0:
+                return Finding("crash", f"the interpreter died of signal {-process.returncode}", 1, 1)
+            raise SystemExit(f"a worker failed: {arguments}\n{errors[-4000:]}")
+        return Finding(**json.loads(lines[-1]))
+
+    def end(self) -> None:
+        with self._lock:
+            self._is_ending = True
+            for process in self._running:
+                process.kill()
+
+
+def _fingerprint(mutant: Mutant) -> str:
+    return hashlib.sha256(repr(mutant.edits).encode()).hexdigest()[:16]
+
+
+def _examine(
+    mutant: Mutant, workers: Workers, seeds_max: int, seconds_max: float, has_scenarios: bool
+) -> Result:
+    seeds = min(seeds_max, UNSEEN_SEEDS) if mutant.unseen else seeds_max
+    stages: list[tuple[str, dict[str, Any]]] = [
+        ("simulator", {"first": 0, "count": seeds, "is_checking": False, "seconds_max": seconds_max}),
+        (
+            "simulator with invariant()",
+            {"first": 0, "count": min(seeds, CHECKED_SEEDS), "is_checking": True, "seconds_max": seconds_max},
+        ),
+    ]
+    if has_scenarios:
+        stages.append(("scenarios", {"tests": [SCENARIOS]}))
+    if mutant.tests:
+        stages.append(("tests", {"tests": list(mutant.tests)}))
+    result = Result(mutant.name, Finding(), fingerprint=_fingerprint(mutant))
+    for stage, arguments in stages:
+        finding = workers.run(mutant=mutant.name, **arguments)
+        result.hits += finding.hits
+        result.seconds += finding.seconds
+        result.finding, result.stage = finding, stage
+        if finding.check:
+            break
+        if stage == "simulator":
+            result.seeds_in_vain = finding.runs
+    return result
+
+
+def _check_unmutated(
+    workers: Workers, mutants: Sequence[Mutant], seeds: int, jobs: int, has_scenarios: bool
+) -> list[str]:
+    """What fails without any defect; nothing may."""
+    share = -(-seeds // jobs)
+    tasks: list[dict[str, Any]] = [
+        {"first": first, "count": min(share, seeds - first), "is_checking": False}
+        for first in range(0, seeds, share)
+    ]
+    suites = dict.fromkeys(test for mutant in mutants for test in mutant.tests)
+    if has_scenarios:
+        suites[SCENARIOS] = None
+    if suites:
+        tasks.append({"tests": list(suites)})
+    with ThreadPoolExecutor(jobs) as pool:
+        findings = list(pool.map(lambda task: workers.run(mutant="", **task), tasks))
+    return [f"{finding.check}: {finding.message}" for finding in findings if finding.check]
+
+
+def _row(result: Result) -> str:
+    finding = result.finding
+    caught = f"{result.kind}: {finding.check}" if finding.check else "NOBODY"
+    if result.kind in ("scenario", "unit test"):
+        caught = f"{result.kind}: {finding.message.rpartition('/')[2]}"
+    count = finding.runs if result.stage.startswith("simulator") else result.seeds_in_vain
+    seeds = str(count) if result.stage.startswith("simulator") and finding.check else f"({count})"
+    return f"{result.name:<56} {caught:<48.48} {seeds:>6} {result.seconds:>7.1f} s {result.hits:>9} times"
+
+
+def _load() -> dict[str, Result]:
+    if not RESULTS.exists():
+        return {}
+    found = {}
+    for fields in json.loads(RESULTS.read_text()):
+        result = Result(**{**fields, "finding": Finding(**fields["finding"])})
+        mutant = MUTANTS.get(result.name)
+        if mutant is not None and result.fingerprint == _fingerprint(mutant):
+            found[result.name] = result
+    return found
+
+
+def _store(results: dict[str, Result]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps([asdict(results[name]) for name in sorted(results)], indent=1))
+
+
+def document(results: dict[str, Result]) -> str:
+    """docs/planted-bugs.md."""
+    kinds = Counter(result.kind for result in results.values())
+    lines = [
+        "# Planted bugs",
+        "",
+        "Each of these defects was put into the running code, one at a time, by `make mutants`, which writes down who",
+        "caught it. The code's own `invariant()` calls were switched off first, and no unit test ran: what the columns call",
+        "*global invariant* and *history checker* judged a simulated cluster from outside (coordlib/testing/simulation).",
+        "Only what these missed was looked for by other means. *Seeds* is how many runs of 60 simulated seconds it took;",
+        "in brackets, how many were tried in vain before. This file is written by `python -m tests.mutants --document`.",
+        "",
+        "| caught by | defects |",
+        "|---|---|",
+        *(f"| {kind} | {kinds[kind]} |" for kind in KINDS if kinds[kind]),
+        "",
+    ]
+    for area, mutants in AREAS.items():
+        lines += [
+            f"## {area.capitalize()}",
+            "",
+            "| defect | stands for | caught by | seeds |",
+            "|---|---|---|---|",
+        ]
+        for mutant in mutants:
+            result = results[mutant.name]
+            finding = result.finding
+            caught = f"{result.kind}: {finding.check}"
+            if result.kind in ("scenario", "unit test"):
+                caught = f"{result.kind}: `{finding.message.rpartition('/')[2]}`"
+            elif result.kind in ("invariant()", "nobody"):
+                caught = result.kind
+            is_by_seed = result.stage.startswith("simulator") and finding.check
+            seeds = f"{finding.runs}" if is_by_seed else f"({result.seeds_in_vain})"
+            why = f" ({mutant.unseen})" if mutant.unseen and not is_by_seed else ""
+            lines.append(f"| {mutant.name} | {mutant.bug} | {caught}{why} | {seeds} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See the module's docstring. 0 if all is as it must be."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these; or an area's name")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seeds-max", type=int, default=2000)
+    parser.add_argument("--seconds-max", type=float, default=1e9, help="of the simulator, for each defect")
+    parser.add_argument("--unmutated", type=int, default=40, help="seeds that must pass without a defect")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--document", action="store_true", help="write docs/planted-bugs.md from all results")
+    options = parser.parse_args(arguments)
+    say = sys.stdout.write
+    names = list(
+        dict.fromkeys(
+            name
+            for given in options.names or MUTANTS
+            for name in ([mutant.name for mutant in AREAS[given]] if given in AREAS else [given])
+        )
+    )
+    unknown = [name for name in names if name not in MUTANTS]
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)}: see --list")
+    if options.list:
+        for area, mutants in AREAS.items():
+            for mutant in mutants:
+                say(f"{area:<17} {mutant.name:<56} {mutant.bug}\n")
+        return 0
+    has_scenarios = any((ROOT / SCENARIOS).glob("test_*.py"))
+    known = _load()
+    if options.document:
+        missing = sorted(MUTANTS.keys() - known.keys())
+        if missing:
+            say(f"no result yet of {', '.join(missing)}\n")
+            return 1
+        (ROOT / "docs" / "planted-bugs.md").write_text(document(known))
+        return 0
+    chosen = [MUTANTS[name] for name in names]
+    workers = Workers()
+    try:
+        return _run(options, chosen, workers, known, has_scenarios)
+    finally:
+        workers.end()
+
+
+def _run(
+    options: argparse.Namespace,
+    mutants: list[Mutant],
+    workers: Workers,
+    known: dict[str, Result],
+    has_scenarios: bool,
+) -> int:
+    say = sys.stdout.write
+    if options.unmutated:
+        failures = _check_unmutated(workers, mutants, options.unmutated, options.jobs, has_scenarios)
+        if failures:
+            say("the code fails as it is, so that nothing can be said about defects:\n")
+            say("".join(f"  {failure}\n" for failure in failures))
+            return 1
+        say(f"without a defect: {options.unmutated} seeds passed\n")
+    results: list[Result] = []
+    lock = threading.Lock()
+
+    def examine(mutant: Mutant) -> None:
+        result = _examine(mutant, workers, options.seeds_max, options.seconds_max, has_scenarios)
+        with lock:
+            results.append(result)
+            known[mutant.name] = result
+            _store(known)
+            say(_row(result) + "\n")
+            if not result.finding.check or result.finding.runs > 100:
+                say(f"    {result.finding.message}\n")
+            sys.stdout.flush()
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for future in [pool.submit(examine, mutant) for mutant in mutants]:
+            future.result()
+    return _judge(results, is_complete=len(mutants) == len(MUTANTS))
+
+
+def _judge(results: list[Result], *, is_complete: bool) -> int:
+    say = sys.stdout.write
+    kinds = Counter(result.kind for result in results)
+    say("\n" + "".join(f"{kind:<17} {kinds[kind]:>3}\n" for kind in KINDS if kinds[kind]))
+    idle = sorted(result.name for result in results if not result.hits)
+    uncaught = sorted(result.name for result in results if not result.finding.check)
+    from_outside = sum(kinds[kind] for kind in FROM_OUTSIDE)
+    if idle:
+        say(f"never executed, so that nothing was tried: {', '.join(idle)}\n")
+    if uncaught:
+        say(f"caught by nobody: {', '.join(uncaught)}\n")
+    is_too_few = is_complete and from_outside < FROM_OUTSIDE_MIN
+    if is_too_few:
+        say(f"only {from_outside} caught from outside, {FROM_OUTSIDE_MIN} wanted\n")
+    return 1 if idle or uncaught or is_too_few else 0

@@ -1,0 +1,75 @@
+"""All planted defects, and what kinds of check there are to catch them."""
+
+from __future__ import annotations
+
+from tests.mutants import elections, locks, log, reads, replication, sessions, snapshots, wire
+from tests.mutants.patching import Mutant
+
+__all__ = ["AREAS", "INVARIANTS", "KINDS", "MUTANTS", "kind_of"]
+
+AREAS: dict[str, tuple[Mutant, ...]] = {
+    "elections": elections.MUTANTS,
+    "replication": replication.MUTANTS,
+    "log": log.MUTANTS,
+    "snapshots": snapshots.MUTANTS,
+    "sessions": sessions.MUTANTS,
+    "locks": locks.MUTANTS,
+    "reads and clocks": reads.MUTANTS,
+    "wire": wire.MUTANTS,
+}
+MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutants in AREAS.values() for mutant in mutants}
+
+INVARIANTS = frozenset(
+    (
+        "applied order",
+        "commit quorum",
+        "commit safety",
+        "commit term",
+        "durable promise",
+        "election safety",
+        "exactly once",
+        "fencing token",
+        "leader completeness",
+        "log matching",
+        "match index",
+        "one holder",
+        "one vote",
+        "recovered log",
+        "same reply",
+        "same state",
+        "synced write",
+        "term order",
+    )
+)
+"""The global invariants of `coordlib.testing.simulation.invariants`: what judges a cluster from outside."""
+
+_SYMPTOMS = {
+    "busy loop": "liveness",
+    "crash": "crash",
+    "hang": "liveness",
+    "invariant()": "invariant()",
+    "linearizability": "history checker",
+    "liveness": "liveness",
+    "member stopped": "crash",
+    "scenario": "scenario",
+    "unit test": "unit test",
+}
+
+KINDS = (
+    "global invariant",
+    "history checker",
+    "service check",
+    "liveness",
+    "crash",
+    "invariant()",
+    "scenario",
+    "unit test",
+    "nobody",
+)
+
+
+def kind_of(check: str) -> str:
+    """To which of `KINDS` a check belongs; those of the workload's services are the rest."""
+    if check in INVARIANTS:
+        return "global invariant"
+    return _SYMPTOMS.get(check, "service check")
