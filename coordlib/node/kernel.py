@@ -481,6 +481,10 @@ class MemberKernel:
             for name, peer in self.peers.known.items():
                 if peer.is_up:
                     self._announce(name)
+            # At the second round at the earliest: at the first, with which a node begins, nobody has answered.
+            found = self.peers.try_to_bootstrap()
+            if found is not None:
+                self._pending_identity = found
 
     # -- output --------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ and knows this node's disk (or has never seen one of it), the node joins that cl
 answered and all are empty, the member with the lowest name makes a cluster id and writes it down together
 with every member's disk id; the others join it by the rule above, on its word (FORM). Nothing else forms a cluster, so a wiped
 directory never does: a member that was formed names another disk for it. With `bootstrap=True` a quorum of
-empty members is enough, and the disks not seen yet are recorded through the log before they count.
+empty members is enough, once the others have had a second to answer: two that both bootstrap must have heard of
+each other to agree on who does. The disks not seen yet are recorded through the log before they count.
 
 Invariant: no Raft message of a peer reaches the core unless the peer announced, in this incarnation, this
 cluster's id and the disk id that this cluster knows for its name.
@@ -201,14 +202,20 @@ class Peers:
 
     # -- formation -----------------------------------------------------------------------------------------
 
-    def _try_to_form(self) -> DiskIdentity | None:
+    def try_to_bootstrap(self) -> DiskIdentity | None:
+        """Whoever is there has had the time to answer: form a cluster with a quorum, if that was asked for."""
+        if self.is_formed or not self._wants_bootstrap:
+            return None
+        return self._try_to_form(is_quorum_enough=True)
+
+    def _try_to_form(self, *, is_quorum_enough: bool = False) -> DiskIdentity | None:
         answered = {name for name, peer in self.known.items() if peer.announce and not peer.problem}
         if any(peer.announce is not None and peer.announce.cluster_uuid for peer in self.known.values()):
             return None  # there is a cluster: its members decide whether we belong to it
         if len(answered) == len(self.known):
             if self.node_id != self._members[0]:
                 return None
-        elif self._wants_bootstrap:
+        elif is_quorum_enough:
             if len(answered) + 1 < len(self._members) // 2 + 1:
                 return None
             others = (n for n in answered if self.known[n].announce.wants_bootstrap)  # type: ignore[union-attr]  # answered
