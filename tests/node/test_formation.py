@@ -82,12 +82,24 @@ def test_bootstrap_alone_forms_nothing(world: World) -> None:
     assert formed(world) == set()
 
 
-def test_two_that_bootstrap_form_one_cluster(world: World) -> None:
-    """Whoever wants to, the lowest name does."""
-    for name in world.members:
-        world.start_member(name, bootstrap=True)
-    assert world.run(PATIENCE_MS, lambda: all_work(world))
-    assert len(formed(world)) == 1
+@pytest.mark.parametrize("seed", range(10))
+def test_all_that_bootstrap_form_one_cluster(seed: int) -> None:
+    """Whoever wants to, the lowest name does, in whatever order they hear of each other."""
+    with World(seed) as world:
+        for name in world.members:
+            world.start_member(name, bootstrap=True)
+        assert world.run(PATIENCE_MS, lambda: all_work(world))
+        assert len(formed(world)) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_of_three_that_bootstrap_form_one_cluster(seed: int) -> None:
+    """The third is missing, and both are asked to go on without it."""
+    with World(seed) as world:
+        for name in ("n2", "n3"):
+            world.start_member(name, bootstrap=True)
+        assert world.run(PATIENCE_MS, lambda: all_work(world))
+        assert len(formed(world)) == 1
 
 
 @pytest.mark.parametrize("seed", range(12))

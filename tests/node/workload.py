@@ -16,7 +16,7 @@ from coordlib.errors import CoordError, DefiniteError, IndeterminateError
 from coordlib.machine.effects import Applied
 from coordlib.raft.messages import Entry
 from coordlib.testing.simulation.processes import MemberProcess, Operation, Process
-from coordlib.testing.simulation.world import World
+from coordlib.testing.simulation.world import DiskProfile, NetworkProfile, World
 from tests.node.linearizable import FOREVER, Event, is_linearizable
 
 FORBIDDEN = ("conflicts_with_committed", "two_leaders", "malformed", "acknowledged_entries_lost")
@@ -38,8 +38,10 @@ class Run:
             timing=timing,
             is_sealed=is_sealed,
             reads_by_lease=seed % 4 == 3,
-            delay_ms_max=(3, 1, 30)[seed % 3],
-            disk_ms_max=(2, 0, 20)[seed // 3 % 3],
+            network=NetworkProfile(
+                delay_ms_mean=(1.5, 0.5, 15.0)[seed % 3], delay_ms_max=(6, 2, 60)[seed % 3]
+            ),
+            disk=DiskProfile(write_ms_mean=(1, 0, 10)[seed // 3 % 3], write_ms_max=(4, 0, 40)[seed // 3 % 3]),
         )
         self.rng = rng = random.Random(seed)
         self.faults_ms = faults_ms

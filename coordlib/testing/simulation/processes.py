@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,6 +142,20 @@ class Guest(Protocol):
         """The process goes on after a pause."""
 
 
+class _ReadingClock:
+    __slots__ = ("_before", "_process")
+
+    def __init__(self, process: SimulatedProcess) -> None:
+        self._process = process
+
+    def __enter__(self) -> None:
+        world = self._process.world
+        self._before, world.clock_process = world.clock_process, self._process
+
+    def __exit__(self, *_: object) -> None:
+        self._process.world.clock_process = self._before
+
+
 class SimulatedProcess(Driver):
     """What runs: a node with its clock, its transport and its part of the driver's loop."""
 
@@ -154,7 +167,8 @@ class SimulatedProcess(Driver):
     _links: Any
 
     def _begin(self, world: World, name: str) -> None:
-        self.chance = chance = world.process_chance(name)
+        self.start_number = world.number_start(name)
+        self.chance = chance = world.choices.stream(f"process:{name}:{self.start_number}")
         self.world = world
         self.name = self._name = name
         self.is_up = True
@@ -163,12 +177,21 @@ class SimulatedProcess(Driver):
         self.lag_ms = 0  # how much of this round has passed in system calls
         self.effects_left: int | None = None  # sends until the crash
         self.offset = chance.randint(0, 10_000_000)
-        self.rate = chance.randint(996, 1004)  # per mille; the drift bound is 1 %
-        self.wall_offset = chance.randint(-3000, 3000)
+        error, wall_error = world.clock.rate_error_permille_max, world.clock.wall_offset_ms_max
+        self.rate = chance.randint(1000 - error, 1000 + error)  # per mille
+        self.wall_offset = chance.randint(-wall_error, wall_error)
+        self.wall_rate = 1000
+        self.slow_ms_max = 0  # how long a turn may take besides its system calls
+        self.write_slow_ms = 0  # how much longer than usual a durable write takes
         self._submitted: deque[Call] = deque()
+        self._questions: deque[Callable[[], None]] = deque()
         self._listeners: list[SessionListener] = []
-        self._next_run = -1
+        self._is_ready = False  # its turn comes at this moment
+        self._due = 0  # when its turn comes at the latest
+        self._timer_at = -1  # when the world looks whether it is due; -1: never
         self._busy_until = 0
+        self._stopped_at = 0  # since when it has been paused
+        self._late_ms = 0  # how long it was kept from running
         self.operations: dict[Operation, None] = {}
         # What handles of the API take from their cluster.
         self._request_timeout_ms = world.timing.request_timeout_ms
@@ -182,14 +205,29 @@ class SimulatedProcess(Driver):
         """What this process's monotonic clock shows now."""
         return self.offset + (self.world.now + self.lag_ms) * self.rate // 1000
 
-    @contextmanager
-    def reading_clock(self) -> Iterator[None]:
+    def wall_clock(self) -> int:
+        """What this machine's wall clock shows now."""
+        return WALL_MS + self.wall_offset + (self.world.now + self.lag_ms) * self.wall_rate // 1000
+
+    _read_clock = clock
+    _read_wall_clock = wall_clock
+
+    def set_rate(self, rate: int) -> None:
+        """Let the monotonic clock run at another rate (per mille) from now on."""
+        now = self.world.now
+        self.offset += now * self.rate // 1000 - now * rate // 1000
+        self.rate = rate
+        self.wake()  # its deadline is at another moment now
+
+    def set_wall_rate(self, rate: int) -> None:
+        """Let the wall clock run at another rate (per mille) from now on."""
+        now = self.world.now
+        self.wall_offset += now * self.wall_rate // 1000 - now * rate // 1000
+        self.wall_rate = rate
+
+    def reading_clock(self) -> _ReadingClock:
         """What runs within reads this process's clock."""
-        before, self.world.clock_process = self.world.clock_process, self
-        try:
-            yield
-        finally:
-            self.world.clock_process = before
+        return _ReadingClock(self)
 
     def _world_time(self, clock_ms: int) -> int:
         return -(-(clock_ms - self.offset) * 1000 // self.rate)
@@ -215,21 +253,34 @@ class SimulatedProcess(Driver):
                 raise CrashNow(f"{self.name}: before a send")
 
     def wake(self) -> None:
-        """Run a round as soon as the process can."""
-        self._run_at(self.world.now)
-
-    def _run_at(self, at: int) -> None:
-        if not self.is_up or self.is_paused:
+        """Have a turn as soon as the process can."""
+        if self._is_ready or self.is_paused or not self.is_up:
             return
-        at = max(at, self._busy_until, self.world.now)
-        if self._next_run < 0 or at < self._next_run:
-            self._next_run = at
-            self.world.at(at, lambda: self._run_if_due(at))
+        if self._busy_until > self.world.now:
+            self._set_due(
+                min(self._due, self._busy_until) if self._due > self.world.now else self._busy_until
+            )
+        else:
+            self._is_ready = True
+            self.world.ready.append(self)
 
-    def _run_if_due(self, at: int) -> None:
-        if self.is_up and not self.is_paused and self._next_run == at:
-            self._next_run = -1
-            self._round()
+    def _set_due(self, at: int) -> None:
+        self._due = at
+        if self._timer_at < 0 or at < self._timer_at:
+            self._timer_at = at
+            self.world.at(at, self._on_timer, at)
+
+    def _on_timer(self, at: int) -> None:
+        # Deadlines mostly move on: one look ahead is kept in the world's queue, and moved on when it comes up.
+        if at != self._timer_at:
+            return
+        self._timer_at = -1
+        if self.is_paused or self._is_ready or not self.is_up:
+            return
+        if self._due > at:
+            self._set_due(self._due)
+        else:
+            self.wake()
 
     def submit(self, call: Call) -> None:
         self._submitted.append(call)
@@ -240,38 +291,47 @@ class SimulatedProcess(Driver):
     ) -> Operation:
         return Operation(self, generator, done)
 
-    def _round(self) -> None:
+    def take_turn(self) -> None:
         """One turn of `Driver._loop`."""
-        kernel, links = self._kernel, self._links
-        self.lag_ms = 0
+        self._is_ready = False
+        if self.is_paused or not self.is_up:
+            return
+        kernel, links, world = self._kernel, self._links, self.world
         now = self.clock()
+        events = self.transport.poll(0)
+        if self.slow_ms_max:
+            self.lag_ms = world.choices.stream("slow").randint(1, self.slow_ms_max)
+        late_ms, self._late_ms = self._late_ms, 0
         try:
-            links.receive(self.transport.poll(0), kernel, now)
-            for _ in range(len(self._submitted)):
-                kernel.submit(self._submitted.popleft(), now)
-            kernel.tick(now, WALL_MS + self.wall_offset + self.world.now)
-            links.tick(now)
-            self._carry_out(kernel, now)
-            self.events += links.events
-            links.events.clear()
+            self._turn(kernel, links, events, now, late_ms)
         except CrashNow:
             self._observe_turn()
+            world.counts["crashes_within_turn"] += 1
             self.crash()
             return
         except CoordError as error:
-            self.fatal = error
-            self.world.fatal.append((self.name, error))
-            self.end()
+            self._failed(error)
             return
         self._observe_turn()
-        self._busy_until = self.world.now + self.lag_ms
+        self._busy_until = world.now + self.lag_ms
         self.lag_ms = 0
-        self._run_at(self._world_time(min(kernel.deadline, links.deadline)))
+        self._set_due(max(self._world_time(min(kernel.deadline, links.deadline)), self._busy_until))
+
+    def _failed(self, error: CoordError) -> None:
+        self.fatal = error
+        self.world.note_error(self.name, error)
+        last = self._kernel.fail(error)
+        if last is not None:
+            self._deliver(last)
+        self.kill()
 
     def _observe_turn(self) -> None:
         observer = self.world.observer
         if observer is not None:
             observer.turned(self, self.world.now)
+
+    def _log(self, events: list[LogEvent]) -> None:
+        self.events += events
 
     def _deliver(self, effects: Effects) -> None:
         self.events += effects.events
@@ -285,25 +345,38 @@ class SimulatedProcess(Driver):
 
     def pause(self) -> None:
         """As SIGSTOP: nothing runs, what arrives is kept."""
-        self.is_paused = True
+        if not self.is_paused:
+            self.is_paused = True
+            self._stopped_at = self.world.now
 
     def resume(self) -> None:
+        """Go on, late: what arrived meanwhile is heard before any timer."""
+        if not self.is_paused:
+            return
         self.is_paused = False
-        self._next_run = -1
+        self._late_ms = self.world.now - self._stopped_at
         self.wake()
+        self.world.let_through()
         if self.guest is not None:
             self.guest.resumed()
 
-    def end(self) -> None:
-        """End without a word."""
+    def end(self, *, is_silent: bool = False) -> None:
+        """End without a word; `is_silent`: nor does anything else tell the others."""
+        if not self.is_up:
+            return
         self.is_up = False
-        self.transport.close()
+        self.transport.close(is_silent=is_silent)
         with self.reading_clock():
-            for operation in self.operations:
+            for operation in list(self.operations):
                 operation.abandon()
         self.operations.clear()
+        if self.world.on_end is not None:
+            self.world.on_end(self)  # type: ignore[arg-type]  # a member or a client
 
     def crash(self) -> None:
+        self.end(is_silent=True)
+
+    def kill(self) -> None:
         self.end()
 
 
@@ -319,7 +392,7 @@ class _Storage(SegmentStorage):
             for item in batch:
                 observer.writing(self.process, item)
         super().write(batch)
-        self.process.lag_ms += world.disk_delay()
+        self.process.lag_ms += world.write_delay() + self.process.write_slow_ms
         if observer is not None:
             for item in batch:
                 observer.wrote(self.process, item)
@@ -328,7 +401,15 @@ class _Storage(SegmentStorage):
 class MemberProcess(SimulatedProcess, MemberDriver):
     """A member, on a disk that outlives it. Its effects are carried out by the driver's own code."""
 
-    def __init__(self, world: World, name: str, fs: SimulatedFileSystem, *, bootstrap: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        fs: SimulatedFileSystem,
+        *,
+        bootstrap: bool = False,
+        is_damaged: bool = False,
+    ) -> None:
         self._begin(world, name)
         self.fs = fs
         chance = self.chance
@@ -365,25 +446,28 @@ class MemberProcess(SimulatedProcess, MemberDriver):
             if other != name:
                 self._links.connect(endpoint, other, (Lane.CONTROL, Lane.BULK))
         if world.observer is not None:
-            world.observer.started(self, recovered.groups.get(0))
+            world.observer.started(self, recovered.groups.get(0), is_damaged=is_damaged)
         self._kernel.open_session(self.clock())
         self.wake()
 
-    def crash_within(self, effects: int) -> None:
+    def crash_within(self, effects: int, chance: Stream | None = None) -> None:
         """Crash before one of the next few effects, on the disk or on the wire."""
-        chance = self.world.choices.stream("faults")
+        chance = chance or self.world.choices.stream("faults")
         self.effects_left = chance.randint(0, effects)
         self.fs.crash_at = self.fs.effects + chance.randint(0, effects)
 
     def crash(self) -> None:
         """The machine loses power: what was not synced is kept, lost or torn."""
-        self.end()
-        self.fs.crash(self.world.disk_chance)
+        if self.is_up:
+            # The disk first: what hears of the end may look at it.
+            self.fs.crash(self.world.choices.stream(f"crash:{self.name}:{self.start_number}"))
+            super().crash()
 
     def kill(self) -> None:
         """As kill -9: what was written stays."""
-        self.end()
-        self.fs.kill()
+        if self.is_up:
+            self.fs.kill()
+            super().kill()
 
 
 class ClientProcess(SimulatedProcess, ClientDriver):
