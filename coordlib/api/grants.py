@@ -22,14 +22,15 @@ class Grants:
 
     def __init__(self) -> None:
         # Adding, discarding and copying are one step each for the interpreter: no lock is taken on the way of a lock.
-        self._live: set[Grant] = set()
+        # A dict and no set, whose order would depend on where in memory the grants are.
+        self._live: dict[Grant, None] = {}
         self._queue: queue.SimpleQueue[tuple[Grant, SessionState] | None] | None = None
 
     def add(self, grant: Grant) -> None:
-        self._live.add(grant)
+        self._live[grant] = None
 
     def discard(self, grant: Grant) -> None:
-        self._live.discard(grant)
+        self._live.pop(grant, None)
 
     def session_changed(self, view: SessionView, state: SessionState) -> None:
         """From the node thread: pass it on to those whose callbacks wait for it."""
@@ -39,7 +40,7 @@ class Grants:
         for grant in affected:
             if state is SessionState.LOST:
                 grant._is_known_lost = True
-                self._live.discard(grant)
+                self._live.pop(grant, None)
             callback = grant._on_lost if state is SessionState.LOST else grant._on_suspended
             log.warning(
                 "lock %r (token %d): %s",

@@ -81,17 +81,17 @@ class LoopWatch:
     __slots__ = ("_calls", "_is_running")
 
     def __init__(self) -> None:
-        self._calls: set[AsyncCall] = set()
+        self._calls: dict[AsyncCall, None] = {}  # in the order of their coming, not of their addresses
         self._is_running = False  # not the handle: it would keep the loop alive
 
     def add(self, call: AsyncCall) -> None:
-        self._calls.add(call)
+        self._calls[call] = None
         if not self._is_running:
             self._is_running = True
             call.loop.call_later(WATCH_SECONDS, self._look)
 
     def discard(self, call: AsyncCall) -> None:
-        self._calls.discard(call)
+        self._calls.pop(call, None)
 
     def _look(self) -> None:
         overdue = monotonic_ms() - round(WATCH_SECONDS * 1000)
