@@ -1,0 +1,141 @@
+"""Where a member's data directory is: a plain directory, or a small filesystem of its own that can suffer.
+
+The filesystem is ext4 in a file, on a loop device. It is filled by a balloon beside the data, and loses its power
+by the ioctl that shuts a filesystem down without flushing its log: what was not fsynced is lost, what was is not.
+Needs root.
+
+Source: FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH, as xfstests' `godown`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from coordlib.testing.nemesis.workspace import CommandError, command
+
+__all__ = ["DiskError", "LoopDisk", "PlainDisk"]
+
+SIZE_BYTES: Final = 64 << 20
+_SHUTDOWN: Final = 0x8004587D
+_WITHOUT_FLUSH: Final = struct.pack("=I", 2)
+_BALLOON: Final = "balloon"
+_PROBE: Final = "probe"
+_PROBE_TEXT: Final = b"written, not fsynced"
+_BUSY_TURNS: Final = 100
+
+
+class DiskError(Exception):
+    """A disk cannot do what it is made for; the message says what."""
+
+
+class PlainDisk:
+    """A directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data_dir = directory / "data"
+
+    async def open(self) -> None:
+        """Nothing to do: who uses it makes it."""
+
+    async def close(self) -> None:
+        """Nothing to do."""
+
+
+class LoopDisk:
+    """A filesystem of its own. What mounts it is taken away with the workspace."""
+
+    def __init__(self, directory: Path) -> None:
+        self._image = directory / "disk.img"
+        self._mounted = directory / "disk"
+        self.data_dir = self._mounted / "data"
+
+    async def open(self) -> None:
+        """
+        Raises:
+            CommandError: It cannot be made or mounted here.
+        """
+        self._mounted.mkdir(parents=True)
+        with open(self._image, "wb") as image:
+            image.truncate(SIZE_BYTES)
+        # Without reserve, or root would write on when it is full.
+        await command("mkfs.ext4", "-q", "-F", "-m", "0", str(self._image))
+        await self._mount()
+
+    async def _mount(self) -> None:
+        await command("mount", "-o", "loop", str(self._image), str(self._mounted))
+
+    async def close(self) -> None:
+        """Unmount it, after every process let go of it."""
+        await command("umount", str(self._mounted), is_checked=False)
+
+    def fill(self) -> int:
+        """Leave no block free; returns how many bytes that took."""
+        taken = 0
+        fd = os.open(self._mounted / _BALLOON, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            block = bytes(1 << 16)
+            while block:
+                try:
+                    taken += os.write(fd, block)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    block = block[: len(block) // 2] if len(block) > 1 else b""
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return taken
+
+    def free(self) -> None:
+        """Undo `fill`."""
+        (self._mounted / _BALLOON).unlink(missing_ok=True)
+
+    def cut_power(self) -> None:
+        """
+        From now on nothing reaches the disk any more, not even what was written before without fsync.
+
+        Raises:
+            DiskError: The filesystem goes on.
+        """
+        # Last, so that nothing has a reason to carry it to the disk.
+        (self._mounted / _PROBE).write_bytes(_PROBE_TEXT)
+        fd = os.open(self._mounted, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, _WITHOUT_FLUSH)
+        finally:
+            os.close(fd)
+        try:
+            (self._mounted / "after").write_bytes(b"")
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return
+            raise
+        raise DiskError(f"{self._mounted} was shut down and still takes writes")
+
+    async def restore_power(self) -> bool:
+        """
+        Mount it anew, after every process let go of it. Whether what was not fsynced is gone, as it must be.
+
+        Raises:
+            CommandError: It cannot be unmounted or mounted.
+        """
+        for turn in range(_BUSY_TURNS):
+            try:
+                await command("umount", str(self._mounted))
+                break
+            except CommandError:
+                # The last descriptors of a killed process are closed after its parent hears of its end.
+                if turn == _BUSY_TURNS - 1:
+                    raise
+                await asyncio.sleep(0.02)
+        await self._mount()
+        probe = self._mounted / _PROBE
+        is_lost = not probe.exists() or probe.read_bytes() != _PROBE_TEXT
+        probe.unlink(missing_ok=True)
+        return is_lost

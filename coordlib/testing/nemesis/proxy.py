@@ -1,0 +1,216 @@
+"""A network for everybody: one listener on loopback for each directed pair, that passes on, or does not.
+
+Needs nothing but loopback. A connection is known by who opened it to whom, so each direction between two processes
+can be treated by itself. A client that is told of members by a member may use that member's ways to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from coordlib.testing.nemesis.network import Link, Seen
+
+__all__ = ["ProxyNetwork"]
+
+_CHUNK_BYTES: Final = 1 << 16
+_PORT_MIN: Final = 12_000
+_PORT_MAX: Final = 32_000
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+
+def _listening_port(taken: set[int]) -> int:
+    """
+    A port for one who listens, stops and listens again.
+
+    Below those that the system gives to outgoing connections: one of them could have it while he is away.
+    """
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(_PORT_MIN, _PORT_MAX)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in taken:
+            return port
+
+
+class _Direction:
+    """What happens to the bytes from one process to another, on all their connections."""
+
+    def __init__(self) -> None:
+        self.is_open = asyncio.Event()
+        self.is_open.set()
+        self.rate_bytes_per_second = 0
+        self.kept_bytes = 0  # held back or slowed
+        self.free_at = 0.0
+
+
+class _Connection:
+    """Two sockets and what passes between them."""
+
+    def __init__(self, opener: str, target: str, ends: Sequence[asyncio.StreamWriter]) -> None:
+        self.opener = opener
+        self.target = target
+        self.ends = ends
+        self.has_lost = False
+
+    def reset(self) -> None:
+        for end in self.ends:
+            sock = end.get_extra_info("socket")
+            if sock is not None and not end.transport.is_closing():
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            end.transport.abort()
+
+
+class ProxyNetwork:
+    """See `coordlib.testing.nemesis.network.Network`."""
+
+    def __init__(self, members: Sequence[str], clients: Sequence[str]) -> None:
+        self._members = list(members)
+        names = [*members, *clients]
+        self._directions = {(a, b): _Direction() for a in names for b in names if a != b}
+        self._listeners: dict[Link, asyncio.Server] = {}
+        self._ports: dict[Link, int] = {}
+        self._own: dict[str, int] = {}
+        self._connections: set[_Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_cut = False
+        self._unit = ""
+        self._count = 0
+
+    async def open(self) -> None:
+        for opener, target in self._directions:
+            if target in self._members:
+                server = await asyncio.start_server(
+                    functools.partial(self._accept, (opener, target)),
+                    "127.0.0.1",
+                    0,
+                )
+                self._listeners[opener, target] = server
+                self._ports[opener, target] = server.sockets[0].getsockname()[1]
+        for name in self._members:
+            self._own[name] = _listening_port(set(self._own.values()))
+
+    async def close(self) -> None:
+        for server in self._listeners.values():
+            server.close()
+        for connection in list(self._connections):
+            connection.reset()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def endpoints(self, seen_from: str) -> dict[str, str]:
+        return {
+            name: f"tcp://127.0.0.1:{self._own[name] if name == seen_from else self._ports[seen_from, name]}"
+            for name in self._members
+        }
+
+    def prefix(self, name: str) -> Sequence[str]:
+        return ()
+
+    async def _accept(self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        opener, target = link
+        try:
+            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._own[target])
+        except OSError:
+            writer.transport.abort()
+            return
+        connection = _Connection(opener, target, (writer, back_writer))
+        self._connections.add(connection)
+        there, back = self._directions[link], self._directions[target, opener]
+        ways = (
+            asyncio.create_task(self._pass(reader, back_writer, there, connection)),
+            asyncio.create_task(self._pass(back_reader, writer, back, connection)),
+        )
+        try:
+            # One end that is gone ends both: ZeroMQ never closes one direction alone.
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            for end in connection.ends:
+                end.close()
+            self._connections.discard(connection)
+
+    async def _pass(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        direction: _Direction,
+        connection: _Connection,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await reader.read(_CHUNK_BYTES):
+                if not direction.is_open.is_set():
+                    direction.kept_bytes += len(data)
+                    connection.has_lost = self._is_cut
+                    await direction.is_open.wait()
+                rate = direction.rate_bytes_per_second
+                if rate:
+                    direction.kept_bytes += len(data)
+                    direction.free_at = max(direction.free_at, loop.time()) + len(data) / rate
+                    await asyncio.sleep(direction.free_at - loop.time())
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass  # reset by one of the ends, or by us: the other end is closed with it
+
+    async def cut(self, links: Iterable[Link]) -> None:
+        self._unit = "bytes cut off"
+        self._is_cut = True
+        for link in links:
+            self._directions[link].is_open.clear()
+
+    async def reset(self, links: Iterable[Link]) -> None:
+        self._unit = "connections reset"
+        meant = set(links)
+        for connection in list(self._connections):
+            if meant & {(connection.opener, connection.target), (connection.target, connection.opener)}:
+                connection.reset()
+                self._count += 1
+
+    async def hold(self, names: Iterable[str]) -> None:
+        self._unit = "bytes held"
+        meant = set(names)
+        for (source, _), direction in self._directions.items():
+            if source in meant:
+                direction.is_open.clear()
+
+    async def slow(self, names: Iterable[str], rate_bits_per_second: int) -> None:
+        self._unit = "bytes slowed"
+        meant = set(names)
+        for (source, _), direction in self._directions.items():
+            if source in meant:
+                direction.rate_bytes_per_second = max(1, rate_bits_per_second // 8)
+
+    async def heal(self) -> Seen:
+        count, self._count = self._count, 0
+        if self._is_cut:
+            # What was cut off is lost, so the connection is: its bytes cannot go on behind a gap.
+            for connection in list(self._connections):
+                if connection.has_lost:
+                    connection.reset()
+        self._is_cut = False
+        for direction in self._directions.values():
+            count += direction.kept_bytes
+            direction.kept_bytes = 0
+            direction.rate_bytes_per_second = 0
+            direction.free_at = 0.0
+            direction.is_open.set()
+        return Seen(count, self._unit)
