@@ -12,7 +12,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final, Self, cast
@@ -25,7 +25,7 @@ from coordlib.node.effects import Effects
 from coordlib.node.session import Call, SessionView
 from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.testing.simulation.loop import SimulatedEventLoop
-from coordlib.testing.simulation.processes import WALL_MS, MemberProcess, Process
+from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.standard import Standard
 from coordlib.testing.simulation.threads import Scheduler, Stalled
 from coordlib.testing.simulation.world import World
@@ -99,7 +99,7 @@ class _Life:
         return self._process.clock()
 
     def wall_clock(self) -> int:
-        return WALL_MS + self._process.wall_offset + self._process.world.now
+        return self._process.wall_clock()
 
     def world_time(self, clock_ms: int) -> int:
         return self._process._world_time(clock_ms)
@@ -269,6 +269,7 @@ class Simulation:
         self.applications: dict[str, Application] = {}
         self._scheduler = Scheduler(self.world, stall_seconds=stall_seconds)
         self._standard = Standard()
+        self._surroundings = ExitStack()
         self._is_entered = False
 
     # -- life
@@ -278,12 +279,16 @@ class Simulation:
         Raises:
             UsageError: Another simulation is entered.
         """
-        self._standard.enter(self._scheduler)
-        self.world.__enter__()
+        scheduler = self._scheduler
+        with ExitStack() as stack:
+            self._standard.enter(scheduler)
+            stack.callback(self._standard.leave)
+            stack.enter_context(self.world)
+            scheduler.is_running = True
+            self.world.start_all()
+            scheduler.is_running = False
+            self._surroundings = stack.pop_all()
         self._is_entered = True
-        self._scheduler.is_running = True
-        self.world.start_all()
-        self._scheduler.is_running = False
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -295,8 +300,7 @@ class Simulation:
         elif not isinstance(error, SimulationFailed):
             error.add_note(self._where())
         left = self._scheduler.end()
-        self._standard.leave()
-        self.world.__exit__(None, None, None)
+        self._surroundings.close()
         if failure is None and left and error is None:
             failure = self._failure(f"code that catches everything could not be ended: {', '.join(left)}")
         if failure is not None:
@@ -444,25 +448,23 @@ class Simulation:
 
     def kill(self, name: str) -> None:
         """End a process as `kill -9` does: what was written stays."""
-        process = self._process(name)
-        if isinstance(process, MemberProcess):
-            process.kill()
-        else:
-            process.crash()
+        self._process(name).kill()
 
     def restart(self, name: str) -> None:
         """
-        Start a process that is down, and its application from its beginning.
+        Start a process that is down, and its application from its beginning. A member whose disk does not let it
+        start stays down.
 
         Raises:
             UsageError: It is up.
         """
         if self._process(name).is_up:
             raise UsageError(f"{name!r} is up: crash it first")
-        if name in self.world.members:
-            self._restarted(self.world.start_member(name))
-        else:
-            self._restarted(self._start_client(name))
+        process = (
+            self.world.try_start_member(name) if name in self.world.members else self._start_client(name)
+        )
+        if process is not None:
+            self._restarted(process)
 
     def _restarted(self, process: Process) -> None:
         application = self.applications.get(process.name)
@@ -470,10 +472,7 @@ class Simulation:
             application._begin(process)
 
     def _restart_soon(self, process: Process) -> None:
-        if isinstance(process, MemberProcess):
-            process.kill()
-        else:
-            process.crash()
+        process.kill()
 
         def restart() -> None:
             if not self._process(process.name).is_up:

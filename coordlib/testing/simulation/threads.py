@@ -264,7 +264,7 @@ class Scheduler:
             late_ms = round(drawn / VERY_LATE_CHANCE * VERY_LATE_MS_MAX)
         elif drawn < LATE_CHANCE:
             late_ms = round(drawn / LATE_CHANCE * LATE_MS_MAX)
-        self.world.after(late_ms, lambda: self._resume(thread))
+        self.world.after(late_ms, self._resume, thread)
 
     def unpark(self, host: Host) -> None:
         """Its process goes on after a pause."""
