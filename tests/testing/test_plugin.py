@@ -24,6 +24,11 @@ FAILING = """
 """
 
 
+def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    # Without the plugins that would be imported anew for every run, at a second each.
+    return pytester.runpytest_inprocess("-p", "no:hypothesispytest", "-p", "no:cacheprovider", *arguments)
+
+
 def seeds_of(result: pytest.RunResult, word: str) -> list[int]:
     return sorted(
         int(line.split("seed=")[1].split("]")[0].split("-")[0])
@@ -52,7 +57,7 @@ def test_cluster_is_a_started_local_cluster(pytester: pytest.Pytester) -> None:
             assert not cluster.map("m")
         """
     )
-    pytester.runpytest_inprocess().assert_outcomes(passed=2)
+    run(pytester).assert_outcomes(passed=2)
 
 
 def test_a_marker_says_how_many_seeds_and_how_the_simulation_is_made(pytester: pytest.Pytester) -> None:
@@ -78,7 +83,7 @@ def test_a_marker_says_how_many_seeds_and_how_the_simulation_is_made(pytester: p
                 assert len(sim.members) == 5
         """
     )
-    first, second = pytester.runpytest_inprocess("-v"), pytester.runpytest_inprocess("-v")
+    first, second = run(pytester, "-v"), run(pytester, "-v")
     first.assert_outcomes(passed=3 + 1 + 4)
     seeds = seeds_of(first, "test_five")
     assert seeds == list(range(seeds[0], seeds[0] + 3))
@@ -89,7 +94,7 @@ def test_a_marker_says_how_many_seeds_and_how_the_simulation_is_made(pytester: p
 def test_a_failure_names_the_seed_and_the_command_repeats_it(pytester: pytest.Pytester) -> None:
     """And only that one runs then."""
     pytester.makepyfile(test_orders=FAILING)
-    result = pytester.runpytest_inprocess("-v")
+    result = run(pytester, "-v")
     result.assert_outcomes(passed=4, failed=1)
     (seed,) = seeds_of(result, "FAILED")
     result.stdout.fnmatch_lines(
@@ -106,9 +111,9 @@ def test_a_failure_names_the_seed_and_the_command_repeats_it(pytester: pytest.Py
         if line.startswith("simulated with seed")
     }
     node, option = command.split(" ")
-    again = pytester.runpytest_inprocess(node.strip("'"), option)
+    again = run(pytester, node.strip("'"), option)
     again.assert_outcomes(failed=1)
-    pytester.runpytest_inprocess("--coordlib-seed=1").assert_outcomes(passed=1)
+    run(pytester, "--coordlib-seed=1").assert_outcomes(passed=1)
 
 
 def test_what_a_test_asserts_gets_the_seed_too_and_nothing_is_left_behind(pytester: pytest.Pytester) -> None:
@@ -129,7 +134,7 @@ def test_what_a_test_asserts_gets_the_seed_too_and_nothing_is_left_behind(pytest
             assert time.time.__module__ == "time"
         """
     )
-    result = pytester.runpytest_inprocess()
+    result = run(pytester)
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(
         ["simulated with seed *, at 20.000 s. Repeat it: pytest '*::test_fails' --coordlib-seed=*"]
@@ -151,7 +156,7 @@ def test_a_failure_that_nobody_saw_during_the_test_is_an_error_of_it(pytester: p
             sim.run(20)
         """
     )
-    result = pytester.runpytest_inprocess()
+    result = run(pytester)
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["*ValueError in a task of n1, which nobody awaited: unseen*"])
 
@@ -170,7 +175,7 @@ def test_wrong_markers_are_told(pytester: pytest.Pytester) -> None:
                 pass
             """
         )
-        assert told in "\n".join(pytester.runpytest_inprocess().outlines)
+        assert told in "\n".join(run(pytester).outlines)
 
 
 def test_a_project_s_own_fixtures_of_these_names_go_first(pytester: pytest.Pytester) -> None:
@@ -192,4 +197,4 @@ def test_a_project_s_own_fixtures_of_these_names_go_first(pytester: pytest.Pytes
             assert sim == "their own"
         """
     )
-    pytester.runpytest_inprocess().assert_outcomes(passed=1)
+    run(pytester).assert_outcomes(passed=1)
