@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench kill9 clean
+.PHONY: demo test lint bench simulate kill9 clean
 
 demo: $(STAMP)
 	@$(PY) -m coordlib.cli demo
@@ -19,6 +19,12 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/run.py
+
+# SEEDS: how many, or from-to; TWICE: so many of them again in other processes, to compare their traces.
+SEEDS ?= 1000
+TWICE ?= 40
+simulate: $(STAMP)
+	$(PY) -m coordlib.testing.simulation --seeds $(SEEDS) --twice $(TWICE)
 
 kill9: $(STAMP)
 	$(PY) benchmarks/kill9.py

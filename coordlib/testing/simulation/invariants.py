@@ -72,6 +72,7 @@ class Violation(AssertionError):
         super().__init__(f"{check}: {message}")
         self.check = check
         self.message = message
+        self.at_ms = 0  # when, by the world's time
 
 
 class _Committed(NamedTuple):

@@ -1,0 +1,3 @@
+from coordlib.testing.simulation.campaign import main
+
+raise SystemExit(main())

@@ -1,0 +1,135 @@
+"""What one seed stands for: how large the cluster is, how bad its surroundings are, what is asked of it, what befalls it.
+
+Every seed draws its own subset of everything (swarm testing: Groce et al., ISSTA 2012): a run in which all goes wrong at
+once never gets as far as the corners that a run with one kind of fault reaches. Drawn once, before anything runs, so
+that a plan can be shown, cut down and run again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from coordlib.config import Timing
+from coordlib.testing.simulation.choices import Choices, Stream
+from coordlib.testing.simulation.faults import Fault, draw_faults
+from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile
+from coordlib.testing.simulation.workload import Load, draw_load
+
+__all__ = ["Plan", "Reduction", "draw_plan", "loaded_plan"]
+
+SAFETY_MS = 42_000
+LIVENESS_MS = 8_000
+TOTAL_MS = 60_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the run. Times are milliseconds."""
+
+    seed: int
+    members: int
+    clients: int
+    timing: Timing
+    network: NetworkProfile
+    disk: DiskProfile
+    clock: ClockProfile
+    load: Load
+    faults: tuple[Fault, ...]
+    is_sealed: bool = False
+    reads_by_lease: bool = False
+    segment_size_bytes: int = 64 * 1024
+    snapshot_entries: int = 20_000  # a snapshot is taken after so many entries
+    entries_retained: int = 2_000
+    chunk_size_bytes: int = 256 * 1024
+    safety_ms: int = SAFETY_MS
+    liveness_ms: int = LIVENESS_MS
+    total_ms: int = TOTAL_MS
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is left out of a plan; what remains draws exactly what it drew before."""
+
+    faults: tuple[int, ...] | None = None  # those that stay, by their places in the plan; None: all
+    calm: tuple[str, ...] = ()  # of "network", "disk", "clock"
+    without: tuple[str, ...] = ()  # services
+    clients: int | None = None
+
+    def apply(self, plan: Plan) -> Plan:
+        if self.faults is not None:
+            plan = replace(plan, faults=tuple(plan.faults[place] for place in self.faults))
+        if "network" in self.calm:
+            plan = replace(plan, network=NetworkProfile())
+        if "disk" in self.calm:
+            plan = replace(plan, disk=DiskProfile())
+        if "clock" in self.calm:
+            plan = replace(plan, clock=ClockProfile())
+        if self.without:
+            weights = {name: share for name, share in plan.load.weights.items() if name not in self.without}
+            plan = replace(plan, load=replace(plan.load, weights=weights))
+        if self.clients is not None:
+            plan = replace(plan, clients=self.clients)
+        return plan
+
+    def arguments(self) -> str:
+        """The command line that asks for it."""
+        parts = []
+        if self.faults is not None:
+            parts.append(f"--faults {','.join(map(str, self.faults)) or 'none'}")
+        if self.calm:
+            parts.append(f"--calm {','.join(self.calm)}")
+        if self.without:
+            parts.append(f"--without {','.join(self.without)}")
+        if self.clients is not None:
+            parts.append(f"--clients {self.clients}")
+        return " ".join(parts)
+
+
+def draw_plan(seed: int) -> Plan:
+    """The plan of a seed: the same for ever, as long as this module is."""
+    chance = Choices(seed).stream("plan")
+    members = chance.choice((1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5, 5, 7))
+    clients = chance.randint(0, 3) if members > 1 else chance.randint(1, 2)
+    return Plan(
+        seed=seed,
+        members=members,
+        clients=clients,
+        timing=_draw_timing(chance),
+        network=NetworkProfile.draw(chance),
+        disk=DiskProfile.draw(chance),
+        clock=ClockProfile.unbounded() if chance.random() < 0.05 else ClockProfile.draw(chance),
+        load=draw_load(chance),
+        faults=draw_faults(chance, members=members, clients=clients, from_ms=2_000, to_ms=SAFETY_MS),
+        is_sealed=chance.random() < 0.02,
+        reads_by_lease=chance.random() < 0.5,
+        segment_size_bytes=chance.choice((8, 16, 64)) * 1024,
+        snapshot_entries=chance.choice((20, 50, 100, 400, 20_000)),
+        entries_retained=chance.choice((0, 5, 50, 2_000)),
+        chunk_size_bytes=chance.choice((200, 1000, 256 * 1024)),
+    )
+
+
+def _draw_timing(chance: Stream) -> Timing:
+    heartbeat = chance.choice((50, 50, 80, 100))
+    return Timing(
+        heartbeat_ms=heartbeat,
+        election_ms_min=heartbeat * 6,
+        election_ms_max=heartbeat * 12,
+        session_ttl_ms=chance.choice((3000, 3000, 5000, 10_000)),
+        request_timeout_ms=chance.choice((2000, 3000, 5000)),
+    )
+
+
+def loaded_plan(seed: int) -> Plan:
+    """The plan that speed is measured by: five members, 50 operations a second, every fault, and default times."""
+    plan = draw_plan(seed)
+    chance = Choices(seed).stream("loaded")
+    return replace(
+        plan,
+        members=5,
+        clients=2,
+        timing=Timing(session_ttl_ms=3000, request_timeout_ms=3000),
+        load=replace(plan.load, operations_per_second=50),
+        faults=draw_faults(chance, members=5, clients=2, from_ms=2_000, to_ms=SAFETY_MS),
+        is_sealed=False,
+    )

@@ -1,0 +1,282 @@
+"""One seed's run: a safety phase with faults, a liveness phase in which only a core is left, healing, and the reckoning.
+
+1. The cluster forms, applications begin, faults come as planned. Promises must hold, nothing need work.
+2. Liveness: a majority is healed, the rest is gone for good. It must work again, for every application in it, soon
+   (TigerBeetle's VOPR: a uniform mix of faults hides what only goes on because every fault ends).
+3. Everything is healed and started again. All is read back, all states are equal, and the history has an order.
+"""
+
+from __future__ import annotations
+
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Generator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+from coordlib.api.maps import _MapBase
+from coordlib.errors import InvariantViolation
+from coordlib.testing.history import HistoryWriter
+from coordlib.testing.simulation.choices import Choices
+from coordlib.testing.simulation.faults import FaultInjector
+from coordlib.testing.simulation.invariants import Invariants, Violation
+from coordlib.testing.simulation.marks import Marks
+from coordlib.testing.simulation.plan import Plan, draw_plan
+from coordlib.testing.simulation.processes import MemberProcess, Process
+from coordlib.testing.simulation.workload import PromiseBroken, Workload
+from coordlib.testing.simulation.world import World
+
+__all__ = ["Report", "simulate"]
+
+FORM_MS_MAX = 20_000
+CHECK_EVERY_MS = 50
+RECOVERY_MS_MAX = 15_000
+"""Within this time after healing everybody gets an answer: ten of the longest election timeouts, and a session's TTL."""
+QUIET_MS_MAX = 20_000
+
+
+@dataclass
+class Report:
+    """What a run did. Equal for equal plans, whatever the process and its hash seed."""
+
+    seed: int
+    operations: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    leader_changes: int = 0
+    simulated_ms: int = 0
+    marks: Counter[str] = field(default_factory=Counter)
+    unknown_keys: int = 0
+    checked_keys: int = 0
+    trace: str = ""  # hash over everything that was drawn, sent, applied and answered
+
+    @property
+    def shortfall(self) -> str:
+        """In what the run was too quiet to prove anything; empty if it was not."""
+        if self.simulated_ms < 60_000:
+            return f"{self.simulated_ms} ms simulated, 60,000 wanted"
+        if self.operations < 100:
+            return f"{self.operations} operations, 100 wanted"
+        if self.faults.total() < 10:
+            return f"{self.faults.total()} faults, 10 wanted"
+        if self.leader_changes < 2:
+            return f"{self.leader_changes} changes of leader, 2 wanted"
+        return ""
+
+
+def simulate(seed: int, plan: Plan | None = None) -> Report:
+    """
+    Run a seed's plan, or the one given.
+
+    Raises:
+        Violation: A promise was broken; `check` names it, `at_ms` says when.
+    """
+    run = _Run(plan or draw_plan(seed))
+    try:
+        return run.go()
+    except Violation as violation:
+        violation.at_ms = run.world.now
+        raise
+    except PromiseBroken as broken:
+        raise _violation(run, broken.check, str(broken)) from broken
+    except InvariantViolation as broken:
+        raise _violation(run, "invariant()", str(broken)) from broken
+    except Exception as error:
+        # Whatever else leaves production code is an application's thread or a member that died of it.
+        trace = "".join(traceback.format_exception(error)[-3:])
+        raise _violation(run, "crash", f"{error!r}\n{trace}") from error
+
+
+def _violation(run: _Run, check: str, message: str) -> Violation:
+    violation = Violation(check, message)
+    violation.at_ms = run.world.now
+    return violation
+
+
+class _Run:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.marks = Marks()
+        self.world = World(
+            plan.seed,
+            members=plan.members,
+            timing=plan.timing,
+            network=plan.network,
+            disk=plan.disk,
+            clock=plan.clock,
+            is_sealed=plan.is_sealed,
+            reads_by_lease=plan.reads_by_lease,
+            segment_size_bytes=plan.segment_size_bytes,
+        )
+        self.invariants = Invariants(list(self.world.members), self.marks)
+        self.world.observer = self.invariants
+        self.history = HistoryWriter()
+        self.workload = Workload(self.world, plan.load, history=self.history, marks=self.marks)
+        self.injector = FaultInjector(
+            self.world,
+            plan.faults,
+            on_restart=self.workload.start,
+            on_end=self.workload.process_ended,
+            marks=self.marks,
+        )
+        self._probes = 0
+
+    def go(self) -> Report:
+        plan = self.plan
+        with ExitStack() as stack:
+            stack.enter_context(self.world)
+            stack.enter_context(patch("coordlib.node.transfer.LOG_ENTRIES_MAX", plan.snapshot_entries))
+            stack.enter_context(patch("coordlib.node.kernel.ENTRIES_RETAINED", plan.entries_retained))
+            stack.enter_context(patch("coordlib.node.transfer.CHUNK_SIZE_BYTES", plan.chunk_size_bytes))
+            self._boot()
+            self.injector.schedule()
+            self._go_on_until(plan.safety_ms)
+            self._live_on()
+            self._heal()
+            return self._report()
+
+    # -- phases --------------------------------------------------------------------------------------------
+
+    def _boot(self) -> None:
+        world = self.world
+        world.start_all()
+        self._await(FORM_MS_MAX, "the cluster does not form", self._has_formed)
+        for number in range(self.plan.clients):
+            world.start_client(f"c{number + 1}")
+        for process in list(world.processes.values()):
+            self.workload.start(process)
+
+    def _has_formed(self) -> bool:
+        return all(process.kernel.has_usable_leader for process in self.world.up_members)
+
+    def _live_on(self) -> None:
+        """Only a core majority is left, healed; the rest is gone for good."""
+        world, names = self.world, list(self.world.members)
+        chance = Choices(self.plan.seed).stream("core")
+        core = set(chance.sample(names, len(names) // 2 + 1))
+        self.injector.heal(keep_dead=frozenset(name for name in names if name not in core))
+        end = world.now + self.plan.liveness_ms
+        self._probe_all()
+        self._go_on_until(end)
+
+    def _heal(self) -> None:
+        world, workload = self.world, self.workload
+        self.injector.heal()
+        self._probe_all()
+        workload.stop()
+        self._await(QUIET_MS_MAX, "applications wait for ever", lambda: workload.is_quiet)
+        self._await(QUIET_MS_MAX, "the members do not become equal", self._is_settled)
+        self._check()
+        self.invariants.finish(world.up_members)
+        reader = world.up_members[Choices(self.plan.seed).stream("reader").randrange(len(world.up_members))]
+        self._carry_through(reader, workload.finish(reader))
+        self._check()
+        if world.now < self.plan.total_ms:
+            self._go_on_until(self.plan.total_ms)
+        self.verdict = workload.judge()
+
+    def _is_settled(self) -> bool:
+        members = self.world.up_members
+        return (
+            len(members) == len(self.world.members)
+            and len({process.kernel.machine.applied_index for process in members}) == 1
+            and members[0].kernel.machine.applied_index >= self.invariants.committed_max
+        )
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def _go_on_until(self, end_ms: int) -> None:
+        world = self.world
+        while world.now < end_ms:
+            world.run(min(CHECK_EVERY_MS, end_ms - world.now))
+            self._check()
+
+    def _await(self, limit_ms: int, failure: str, condition: Any) -> None:
+        world = self.world
+        end = world.now + limit_ms
+        while not condition():
+            if world.now >= end:
+                raise Violation("liveness", f"{failure} within {limit_ms} ms: {self._describe()}")
+            world.run(CHECK_EVERY_MS, condition)
+            self._check()
+
+    def _check(self) -> None:
+        for name, error in self.world.fatal:
+            if isinstance(error, InvariantViolation):
+                raise Violation("invariant()", f"{name}: {error}") from error
+            raise Violation("member stopped", f"{name}: {error!r}") from error
+        self.workload.check()
+
+    def _probe_all(self) -> None:
+        """Everybody who runs gets something done, and soon."""
+        waiting = {process.name: process for process in self.world.processes.values() if process.is_up}
+        done: set[str] = set()
+        for process in waiting.values():
+            self._probe(process, done)
+        self._await(
+            RECOVERY_MS_MAX,
+            "after healing not everybody gets an answer",
+            lambda: all(name in done or not self._is_same(process) for name, process in waiting.items()),
+        )
+
+    def _is_same(self, process: Process) -> bool:
+        return process.is_up and self.world.processes.get(process.name) is process
+
+    def _probe(self, process: Process, done: set[str]) -> None:
+        """Put again and again until one is acknowledged."""
+        if not self._is_same(process):
+            return
+        self._probes += 1
+        place = _MapBase("probes", None, self.plan.timing.request_timeout_ms)
+        operation: Any = None
+
+        def ended() -> None:
+            # A generator may end before its operation has been returned.
+            self.world.after(0, judge)
+
+        def judge() -> None:
+            if operation.error is None:
+                done.add(process.name)
+            else:
+                self.world.after(100, lambda: self._probe(process, done))
+
+        operation = process.start_operation(place._put_gen(process.name, self._probes, None), ended)
+
+    def _carry_through(self, process: MemberProcess, generator: Generator[Any, bytes, Any]) -> None:
+        operation = process.start_operation(generator)
+        self._await(QUIET_MS_MAX, "the state cannot be read back", lambda: operation.is_done)
+        if operation.error is not None:
+            raise Violation("liveness", f"the state cannot be read back: {operation.error!r}")
+
+    def _describe(self) -> str:
+        lines = []
+        for process in self.world.processes.values():
+            line = f"{process.name}: {'up' if process.is_up else 'down'}"
+            if isinstance(process, MemberProcess) and process.kernel.raft is not None:
+                raft = process.kernel.raft
+                line += f", {raft.role.name.lower()} of term {raft.term}, applied {raft.applied_index}/{raft.last_index}"
+            session = process._kernel.session
+            lines.append(f"{line}, session {session.view.session_id}, {session.pending_count} calls wait")
+        return "; ".join(lines) + f"; {self.workload.describe()}"
+
+    def _report(self) -> Report:
+        world = self.world
+        trace = zlib.crc32(world.choices.digest(), world.trace)
+        for index in sorted(self.invariants.committed):
+            trace = zlib.crc32(self.invariants.committed[index].data, trace)
+        for operation in self.history.operations:
+            trace = zlib.crc32(repr(operation).encode(), trace)
+        digest = world.up_members[0].kernel.machine.digest()
+        return Report(
+            seed=self.plan.seed,
+            operations=self.workload.operations,
+            faults=Counter(self.injector.applied),
+            leader_changes=max(0, len(self.invariants.leaders) - 1),
+            simulated_ms=world.now,
+            marks=self.marks.counts,
+            unknown_keys=len(self.verdict.unknown_keys),
+            checked_keys=self.verdict.keys,
+            trace=f"{trace:08x}{digest.hex()[:24]}",
+        )
