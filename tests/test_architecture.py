@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "transport": {"errors"},
     "node": BASE | {"config", "raft", "machine", "wire", "storage", "transport"},
     "api": BASE | {"config", "machine", "wire", "storage", "transport", "node"},
-    "cli": BASE | {"config", "machine", "wire", "storage", "transport", "node", "api", "<top>"},
+    "cli": BASE | {"config", "machine", "wire", "storage", "transport", "node", "api", "testing", "<top>"},
     "testing": BASE | {"config", "raft", "machine", "wire", "storage", "transport", "node", "api", "<top>"},
     "<top>": {"api", "errors", "types"},
 }

@@ -1,8 +1,8 @@
 """Arguments in, exit code out. What each subcommand does is in its own module, imported only when it runs.
 
 Exit codes: 0 it is well; 1 what was asked about is not well (a failed proof, a cluster without a leader, a
-check that failed); 2 it could not be done: wrong arguments, or an error, told in one message on standard error;
-130 interrupted.
+check that failed); 2 it could not be done, or not be found out: wrong arguments, or an error, told in one
+message on standard error; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -101,6 +101,26 @@ def _parser() -> argparse.ArgumentParser:
         "--sabotage", choices=["lock", "ack"], default="", help="break it on purpose: the proof must fail"
     )
     demo.add_argument("--seconds", type=float, default=12.0, help=argparse.SUPPRESS)
+
+    check = command(
+        "check",
+        "judge a recorded history of registers and locks",
+        epilog="Exit codes: 0 it is linearizable, 1 it is not (and why), 2 that could not be found out. "
+        "The format of the files is in docs/histories.md.",
+    )
+    check.add_argument(
+        "files", nargs="+", metavar="FILE", help="JSON lines; several are judged as one history"
+    )
+    check.add_argument(
+        "--time-limit", metavar="SECONDS", type=float, default=60.0, help="for all of it; by default 60"
+    )
+    check.add_argument(
+        "--steps",
+        metavar="N",
+        type=int,
+        default=500_000,
+        help="of the search, for each key; by default 500000",
+    )
 
     bench = command("bench", "measure this machine (needs the source tree)")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of benchmarks/run.py")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from coordlib.testing.checkers.models import Model, Step, frozen, ms, shown
+from coordlib.testing.checkers.models import Model, Step, duration, frozen, shown
 from coordlib.testing.checkers.reduction import reduced
 from coordlib.testing.checkers.search import find_order
 from coordlib.testing.history import Operation
@@ -81,8 +81,8 @@ class _Explanation:
                 (
                     str(row + 1),
                     operation.client,
-                    ms(operation.call_ns - self._origin_ns),
-                    "?" if returned is None else ms(returned - self._origin_ns),
+                    duration(operation.call_ns - self._origin_ns),
+                    "?" if returned is None else duration(returned - self._origin_ns),
                     _text(operation),
                 )
             )
@@ -192,7 +192,7 @@ def _text(operation: Operation) -> str:
         asked = f"cas {shown(frozen(value[0]))} to {shown(frozen(value[1]))}"
     elif operation.op == "acquire":
         ttl_ns = value.get("ttl_ns")
-        asked = f"acquire by {value['owner']}" + (f" for {ms(ttl_ns)}" if ttl_ns else "")
+        asked = f"acquire by {value['owner']}" + (f" for {duration(ttl_ns)}" if ttl_ns else "")
     elif operation.op in ("renew", "release"):
         asked = f"{operation.op} token {value['token']}"
     else:

@@ -39,7 +39,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from coordlib.testing.history import Operation
 
-__all__ = ["IMPOSSIBLE", "LockModel", "Model", "RegisterModel", "Step", "frozen", "ms", "shown"]
+__all__ = ["IMPOSSIBLE", "LockModel", "Model", "RegisterModel", "Step", "duration", "frozen", "shown"]
 
 
 class _Impossible:
@@ -82,8 +82,10 @@ class Model(Protocol):
         """The state in words: "holds 3"."""
 
 
-def ms(nanoseconds: int) -> str:
-    """A duration in milliseconds, as short as it is exact to a microsecond."""
+def duration(nanoseconds: int) -> str:
+    """A duration in the unit that suits it: milliseconds, or nanoseconds if it is shorter than one of those."""
+    if abs(nanoseconds) < 1_000_000:
+        return f"{nanoseconds} ns" if nanoseconds else "0"
     return f"{nanoseconds / 1e6:.3f}".rstrip("0").rstrip(".") + " ms"
 
 
@@ -292,7 +294,7 @@ class LockModel:
         described = f"the lock {self.describe(state, origin_ns)}"
         if step.kind == "acquire":
             if step.answer <= largest:
-                return f"it was granted token {step.answer}, but a token of at least {largest} was granted before it"
+                return f"it was granted token {step.answer}, but {self._token(largest)} was granted before it"
             return f"it was granted the lock before the lease could have expired: {described}"
         if step.kind == "refused" and holder == FREE:
             return f"it was refused, but {described}"
@@ -302,9 +304,12 @@ class LockModel:
             return f"it was accepted with token {step.argument}, but {described}"
         return f"it was refused before its lease could have expired: {described}"
 
+    def _token(self, largest: int) -> str:
+        return f"token {largest}" if largest in self._tokens_seen else f"one of at least {largest}"
+
     def describe(self, state: Any, origin_ns: int) -> str:
         holder, largest, expiry, _, _ = state
         if holder == FREE:
             return "is free" + (f" (largest token so far: {largest})" if largest >= 0 else "")
         by = "a token that nobody saw" if holder == UNSEEN else f"token {holder}"
-        return f"is held with {by}" + (f", until {ms(expiry - origin_ns)} at least" if expiry else "")
+        return f"is held with {by}" + (f", until {duration(expiry - origin_ns)} at least" if expiry else "")

@@ -113,7 +113,8 @@ class _Search:
                 place = self._next_unknown(place, used, event)
                 if place == len(optional):
                     # -- nothing can follow: take the last one back
-                    if done_count > best_count:
+                    # Of equals, the one that assumes the fewest unknown operations to have happened.
+                    if done_count > best_count or (done_count == best_count and len(stack) < len(best)):
                         best_count, best = done_count, tuple(entry[0] for entry in stack)
                     if not stack:
                         return Found("illegal", best, asked)
