@@ -55,13 +55,13 @@ class Workload:
     Use: `start` for each process that begins, `process_ended` for each that is gone, `check` after events;
     then `stop`, and when it `is_quiet`, `finish` and `judge`.
 
+    If the clocks of the world are not bounded, only what is guarded by tokens is promised: holders may believe
+    wrongly then, and reads by lease may be stale.
+
     Args:
         load: Services that it does not name are not used.
         history: Gets every operation that its format knows.
         marks: Is told of situations that must occur sometimes.
-        are_clocks_bounded: Whether all clocks keep to the drift bound of the cluster's `Timing`, and no process
-            or machine stands still unknown to its own clock. If they do not, only what is guarded by tokens is
-            promised: then holders may believe wrongly, and reads by lease may be stale.
     """
 
     def __init__(
@@ -71,9 +71,8 @@ class Workload:
         *,
         history: HistoryWriter,
         marks: Marks,
-        are_clocks_bounded: bool = True,
     ) -> None:
-        self._site = Site(world, load, history=history, marks=marks, are_clocks_bounded=are_clocks_bounded)
+        self._site = Site(world, load, history=history, marks=marks)
         self._world = world
         self._load = load
         self._services = [service(self._site) for service in SERVICES]
@@ -90,6 +89,8 @@ class Workload:
         self._lives += 1
         worker = Worker(self._site, process, self._lives)
         self._site.workers[process] = worker
+        for service in self._services:
+            service.worker_started(worker)
         self._schedule(worker)
 
     def process_ended(self, process: Process) -> None:

@@ -10,6 +10,7 @@ from coordlib.testing.simulation.workload.site import Outcome, Site, Task
 
 __all__ = ["Key", "Keys"]
 
+OPERATIONS_MIN: Final = 12
 OPERATIONS_MAX: Final = 48
 CONCURRENT_MAX: Final = 9  # those of unknown outcome are concurrent with everything after them
 
@@ -52,7 +53,7 @@ class Keys:
         if (
             key.began >= OPERATIONS_MAX
             or key.open + key.unknown >= CONCURRENT_MAX
-            or (key.began and now - key.since_ms >= load.key_life_ms)
+            or (key.began >= OPERATIONS_MIN and now - key.since_ms >= load.key_life_ms)
         ):
             self._generations[place] += 1
             name = f"{self._prefix}{place}.{self._generations[place]}"

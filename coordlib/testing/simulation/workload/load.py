@@ -22,15 +22,15 @@ class Load:
         outstanding_max: Operations under way and locks held in one process at most; no more are begun.
         weights: How often each service is chosen, by its name; one that is not named is not used.
         keys: Registers in use at once; with the share `hot_share` of operations on the first of them.
-        key_life_ms: After which a fresh key takes the place of a register, so that histories stay short.
+        key_life_ms: After which a fresh name takes the place of a register, lock or group that was well used, so that
+            histories stay short.
         counters, locks, groups: How many of each there are.
         group_keys: Keys of a group that are always written together.
         padding_size_bytes: Added to the values of groups. Large enough, a scan needs several pages.
         hold_ms_max: How long a lock is held, mostly.
-        share_long_holds: Of grants that are kept for several session TTLs.
+        share_long_holds: Of times between two uses of a grant that last for several session TTLs, as if it were forgotten.
         share_short_timeouts: Of operations on maps that are given up after 20 to 400 ms.
         share_cancelled: Of operations whose task is cancelled while they are under way.
-        share_abandoned: Of operations whose event loop ends under them.
     """
 
     operations_per_second: int
@@ -48,7 +48,6 @@ class Load:
     share_long_holds: float
     share_short_timeouts: float
     share_cancelled: float
-    share_abandoned: float
 
 
 PADDED_SIZE_BYTES: Final = 45_000  # eight of them are more than the 256 KiB of a page
@@ -91,5 +90,4 @@ def draw_load(
         share_long_holds=stream.choice((0.0, 0.05, 0.2)),
         share_short_timeouts=stream.choice((0.0, 0.1, 0.4)),
         share_cancelled=stream.choice((0.0, 0.02, 0.1)),
-        share_abandoned=stream.choice((0.0, 0.0, 0.02)),
     )

@@ -119,18 +119,12 @@ class Locks(Service):
         else:
             self._acquire(worker, stream, key)
 
-    def _grants_of(self, worker: Worker) -> None:
-        process = worker.process
-        if type(process._grants) is not _ToldGrants:
-            process._grants = _ToldGrants(self, worker)
-
     def _handle(self, worker: Worker, name: str) -> _LockBase:
         # A process has of a cluster what a lock's handle needs of it.
         return _LockBase(worker.process, name, None, None, None)  # type: ignore[arg-type]
 
     def _acquire(self, worker: Worker, stream: Stream, key: Key) -> None:
         site, name = self.site, key.name
-        self._grants_of(worker)
         lock = self._handle(worker, name)
         timeout = stream.choice((0, 0, 0.05, 0.3, 2.0, 2.0, 8.0, None))
         client = worker.take_client()
@@ -441,6 +435,9 @@ class Locks(Service):
         self._accepted[name] = max(self._accepted[name], token)
 
     # -- ends
+
+    def worker_started(self, worker: Worker) -> None:
+        worker.process._grants = _ToldGrants(self, worker)
 
     def worker_ended(self, worker: Worker) -> None:
         if self._of_worker.pop(worker, None):

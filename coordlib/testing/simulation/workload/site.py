@@ -124,7 +124,6 @@ class Task:
         "detached",
         "ended",
         "error",
-        "is_cancelled",
         "operation",
         "outcome",
         "result",
@@ -154,7 +153,6 @@ class Task:
         self.token = -1  # in the history
         self.steps = 0
         self.detached: list[Step] = []  # what goes on behind the caller
-        self.is_cancelled = False
 
     def __str__(self) -> str:
         began = f"begun at {self.began_ns // 1_000_000} ms"
@@ -216,36 +214,25 @@ class Task:
             self.result, self.error = operation.result, operation.error
             self.site.task_ended(self)
 
-    def cancel(self, *, abandon: bool = False) -> None:
-        """Cancel it as a task is cancelled; or as when the event loop ends, and nothing more can be awaited."""
-        operation = self.operation
-        if self.outcome is not Outcome.OPEN or operation is None or operation.is_done:
-            return
-        if self.worker.process.is_paused or not self.worker.process.is_up:
-            return
-        self.is_cancelled = True
-        self.site.marks.hit("abandoned_operation" if abandon else "cancelled_operation")
-        operation.cancel()
-        if abandon and not operation.is_done:
-            operation.abandon()
-            operation.process.operations.pop(operation, None)
-            operation.is_done = True
-            operation.error = CancelledError()
-            self.finish()
+    def cancel(self) -> None:
+        """Cancel it, as its task may be at any time while its process runs."""
+        process, operation = self.worker.process, self.operation
+        if self.outcome is Outcome.OPEN and operation is not None and process.is_up and not process.is_paused:
+            self.site.marks.hit("cancelled_operation")
+            operation.cancel()
 
 
 class Site:
     """The workload as its services see it."""
 
-    def __init__(
-        self, world: World, load: Load, *, history: HistoryWriter, marks: Marks, are_clocks_bounded: bool
-    ) -> None:
+    def __init__(self, world: World, load: Load, *, history: HistoryWriter, marks: Marks) -> None:
         self.world = world
         self.load = load
         self.history = history
         self.marks = marks
-        self.are_clocks_bounded = are_clocks_bounded
-        self.are_reads_current = are_clocks_bounded or not world.reads_by_lease
+        # While clocks keep to the bound of the cluster's timing, holders may believe and leases may be read by.
+        self.are_clocks_bounded = world.clock.is_bounded(world.timing.drift_percent)
+        self.are_reads_current = self.are_clocks_bounded or not world.reads_by_lease
         self.workers: dict[Process, Worker] = {}
         self.writes: dict[int, Write] = {}
         self.is_stopped = False
@@ -370,15 +357,11 @@ class Site:
         return task
 
     def _perhaps_cancel(self, task: Task) -> None:
-        load = self.load
-        if not (load.share_cancelled or load.share_abandoned) or self.is_stopped:
-            return
-        stream = task.worker.stream(self, "cancel")
-        chance = stream.random()
-        if chance < load.share_cancelled + load.share_abandoned:
-            is_abandoned = chance >= load.share_cancelled
-            delay_ms = stream.choice((0, 1, 5, 30, 300, 2000))
-            self.world.after(delay_ms, lambda: task.cancel(abandon=is_abandoned))
+        share = self.load.share_cancelled
+        if share and not self.is_stopped:
+            stream = task.worker.stream(self, "cancel")
+            if stream.random() < share:
+                self.world.after(stream.choice((0, 1, 5, 30, 300, 2000)), task.cancel)
 
     def task_ended(self, task: Task) -> None:
         """From a task: its operation is over."""
@@ -432,6 +415,9 @@ class Service:
 
     def check(self) -> None:
         """After every event: look at what may have changed. Must be cheap."""
+
+    def worker_started(self, worker: Worker) -> None:
+        """An application begins to work in a process."""
 
     def worker_ended(self, worker: Worker) -> None:
         """A process is gone; its tasks have ended with outcome unknown before."""
