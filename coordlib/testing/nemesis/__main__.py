@@ -1,7 +1,7 @@
 """Real faults on real processes: run, print what was done and seen, and say whether a promise was broken.
 
 Exit codes: 0 all held; 1 something did not, and the evidence is kept where the last lines say; 2 it could not be
-run as asked: wrong arguments, or a capability of the machine is missing with --require all.
+run as asked: wrong arguments, or a capability of the machine is missing with --require all; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = ["main"]
 
 EXIT_BROKEN = 1
 EXIT_NOT_RUN = 2
+EXIT_INTERRUPTED = 130
 VIOLATIONS_SHOWN = 20
 
 
@@ -72,8 +73,6 @@ def _chosen(text: str, known: Sequence[str], what: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as asked; returns the exit code."""
     options = _parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupted)
     try:
         # Closing the workspace takes away whatever an interrupted run could not.
         with Workspace(options.dir) as workspace:
@@ -84,16 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CommandError, OSError) as error:
         _say(f"nemesis: the machine does not play along: {error}")
         return EXIT_NOT_RUN
-    except KeyboardInterrupt:
+    except asyncio.CancelledError:
         _say("nemesis: interrupted")
-        return 128 + signal.SIGINT
-
-
-def _interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
+        return EXIT_INTERRUPTED
 
 
 async def _main(options: argparse.Namespace, workspace: Workspace) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    for stopping in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(stopping, task.cancel)
     asked = _chosen(options.faults, list(FAULTS), "fault")
     sabotage = _chosen(options.sabotage, [*SABOTAGES, NO_EFFECT], "sabotage")
     missing = {what: why for what, why in (await capabilities.find(workspace)).items() if why}

@@ -29,7 +29,7 @@ NETWORK: Final = "network"
 
 PAUSE_SECONDS: Final = (0.1, 8.0)
 CUT_SECONDS: Final = (0.6, 3.0)
-RESET_SECONDS: Final = 0.3
+RESET_SECONDS: Final = (0.3, 0.6)
 HOLD_SECONDS: Final = (0.3, 2.0)
 SLOW_SECONDS: Final = (1.0, 2.5)
 SLOW_BITS_PER_SECOND: Final = (150_000, 300_000, 600_000)
@@ -333,8 +333,15 @@ async def _reset(nemesis: Nemesis) -> Effect:
     fleet = nemesis.fleet
     some = nemesis.some(fleet.processes, len(fleet.processes))
     links = links_between(some, fleet.members)
-    seconds = (RESET_SECONDS, 2 * RESET_SECONDS)
-    return await nemesis.network(lambda: fleet.network.reset(set() if nemesis.is_idle else links), seconds)
+    await fleet.stats()
+    before = fleet.connections_lost
+    effect = await nemesis.network(
+        lambda: fleet.network.reset(set() if nemesis.is_idle else links), RESET_SECONDS
+    )
+    await fleet.stats()
+    lost = fleet.connections_lost - before
+    counts = {**effect.counts, "connections lost by members": lost}
+    return Effect(effect.is_observed and lost > 0, counts)
 
 
 async def _hold(nemesis: Nemesis) -> Effect:

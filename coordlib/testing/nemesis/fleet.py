@@ -61,6 +61,7 @@ class Fleet:
         self.violations: list[str] = []
         self.leader_by_term: dict[int, str] = {}
         self.errors: dict[str, int] = {}
+        self._connections_lost: dict[int, int] = {}  # by process id: the counters begin anew with each
         self._chance = chance
         self._sabotage = list(sabotage)
         self._secret = generate_secret(os.urandom)
@@ -188,6 +189,10 @@ class Fleet:
             elif not isinstance(answer, ApplicationError):
                 raise answer
         self._note_leaders(found)
+        for name, known in found.items():
+            wire = known.get("wire", {})
+            lost = wire.get("connection_lost", 0) + wire.get("disconnected", 0)
+            self._connections_lost[running[name].pid] = lost
         return found
 
     def _note_leaders(self, stats: dict[str, dict[str, Any]]) -> None:
@@ -200,6 +205,11 @@ class Fleet:
     @property
     def leaders_seen(self) -> int:
         return len(self.leader_by_term)
+
+    @property
+    def connections_lost(self) -> int:
+        """By the counters of all members that ever ran, as of the last `stats`."""
+        return sum(self._connections_lost.values())
 
     async def leader(self, timeout_seconds: float = LEADER_SECONDS_MAX) -> str:
         """

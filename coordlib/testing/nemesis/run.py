@@ -156,11 +156,16 @@ async def _fleet(
 
 
 async def _trouble(settings: Settings, fleet: Fleet, chance: random.Random, outcome: Outcome) -> None:
-    nemesis = Nemesis(fleet, random.Random(chance.randrange(1 << 62)), is_idle=NO_EFFECT in settings.sabotage)
+    is_idle = NO_EFFECT in settings.sabotage
+    # Each has its own chance: what one draws does not depend on how long the other's faults take.
+    nemeses = {
+        group: Nemesis(fleet, random.Random(chance.randrange(1 << 62)), is_idle=is_idle)
+        for group in (NODES, NETWORK)
+    }
     deadline = monotonic() + settings.seconds
     lanes = [
         asyncio.create_task(_lane(faults, nemesis, deadline, outcome))
-        for group in (NODES, NETWORK)
+        for group, nemesis in nemeses.items()
         if (faults := [FAULTS[name] for name in settings.faults if FAULTS[name].group == group])
     ]
     try:

@@ -17,12 +17,22 @@ from coordlib.testing.checkers import check
 from coordlib.testing.history import HistoryWriter, Operation, load
 from coordlib.testing.nemesis.work import OWN, UNIQUE
 
-__all__ = ["Contents", "Verdict", "judge", "judge_executions", "judge_sections", "read_back"]
+__all__ = [
+    "Contents",
+    "Verdict",
+    "judge",
+    "judge_agreement",
+    "judge_executions",
+    "judge_sections",
+    "judge_unique",
+    "read_back",
+]
 
 Contents: TypeAlias = Mapping[str, Mapping[str, Any]]
 """What one member has: map -> key -> value."""
 
 CHECK_SECONDS_MAX: Final = 120.0
+SHOWN_MAX: Final = 5
 
 
 @dataclass
@@ -49,13 +59,18 @@ def judge(directory: Path, contents: Mapping[str, Contents], versions: Mapping[s
         for line in path.read_text("utf-8").splitlines()
     ]
     verdict = Verdict()
-    verdict.violations += _judge_agreement(contents)
-    verdict.violations += _judge_unique(operations, contents)
-    verdict.violations += judge_executions(operations, versions)
-    verdict.violations += judge_sections(sections)
-    found = check(operations, time_limit_seconds=CHECK_SECONDS_MAX, clock=monotonic)
-    if found.result != "legal":
-        verdict.violations.append(f"the history is {found.result}:\n{found.explanation}")
+    for found in (
+        judge_agreement(contents),
+        judge_unique(operations, contents),
+        judge_executions(operations, versions),
+        judge_sections(sections),
+    ):
+        verdict.violations += found[:SHOWN_MAX]
+        if len(found) > SHOWN_MAX:
+            verdict.violations.append(f"... and {len(found) - SHOWN_MAX} more like the last")
+    checked = check(operations, time_limit_seconds=CHECK_SECONDS_MAX, clock=monotonic)
+    if checked.result != "legal":
+        verdict.violations.append(f"the history is {checked.result}:\n{checked.explanation}")
     verdict.counts = {
         "operations": len(operations),
         "ok": sum(one.status == "ok" for one in operations),
@@ -88,7 +103,8 @@ def read_back(
     writer.dump(path)
 
 
-def _judge_agreement(contents: Mapping[str, Contents]) -> list[str]:
+def judge_agreement(contents: Mapping[str, Contents]) -> list[str]:
+    """Members that have applied the same have the same."""
     violations = []
     members = sorted(contents)
     for member in members[1:]:
@@ -110,7 +126,8 @@ def _unique_puts(operations: Iterable[Operation]) -> Iterable[Operation]:
     )
 
 
-def _judge_unique(operations: Iterable[Operation], contents: Mapping[str, Contents]) -> list[str]:
+def judge_unique(operations: Iterable[Operation], contents: Mapping[str, Contents]) -> list[str]:
+    """Every member has every acknowledged write of a key that was written once."""
     violations = []
     for one in _unique_puts(operations):
         key = one.key.partition("/")[2]

@@ -276,7 +276,7 @@ class _Locks(_Worker):
                 lambda: _release(lock),
                 lambda was_held: {"ok": was_held},
             )
-        if self.is_sabotaged("two-holders", 20):
+        if self.is_sabotaged("two-holders", 5):
             # As if it had not been given back, while others take it.
             began = monotonic_ns()
             self._work._stopping.wait(1.0)

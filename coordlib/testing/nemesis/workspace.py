@@ -83,12 +83,15 @@ class Workspace:
 
 
 def sweep(parent: Path) -> list[str]:
-    """Take away what killed runs left behind; returns their tags."""
-    tags = {name for name in os.listdir(parent) if _is_left_behind(name) and _TAG.fullmatch(name)}
-    tags |= {found[0] for name in _namespaces() if _is_left_behind(name) and (found := _TAG.match(name))}
-    for tag in sorted(tags):
-        _take_away(tag, parent / tag)
-    return sorted(tags)
+    """Take away what killed runs left behind, in this directory or mounted anywhere; returns their tags."""
+    left = {name: parent / name for name in os.listdir(parent) if _TAG.fullmatch(name)}
+    left |= {found[0]: parent / found[0] for name in _namespaces() if (found := _TAG.match(name))}
+    for mounted in _mounts():
+        left |= {path.name: path for path in Path(mounted).parents if _TAG.fullmatch(path.name)}
+    tags = sorted(tag for tag in left if _is_left_behind(tag))
+    for tag in tags:
+        _take_away(tag, left[tag])
+    return tags
 
 
 def _namespaces() -> list[str]:
@@ -108,7 +111,9 @@ def _take_away(tag: str, directory: Path) -> None:
                 except ProcessLookupError:
                     pass
             _run("ip", "netns", "del", space)
-    for mounted in _mounts_below(directory):
+    for mounted in _mounts():
+        if not mounted.startswith(f"{directory}/"):
+            continue
         # Lazily if need be: a killed process may still be about to let go of it.
         if subprocess.run(["umount", mounted], capture_output=True, check=False).returncode != 0:
             _run("umount", "-l", mounted)
@@ -119,11 +124,7 @@ def _run(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout
 
 
-def _mounts_below(directory: Path) -> list[str]:
-    """The deepest first."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = line.split()[4].encode().decode("unicode_escape")
-        if point.startswith(f"{directory}/"):
-            found.append(point)
-    return sorted(found, reverse=True)
+def _mounts() -> list[str]:
+    """Where something is mounted, the deepest first."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return sorted((line.split()[4].encode().decode("unicode_escape") for line in lines), reverse=True)
