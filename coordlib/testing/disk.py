@@ -202,6 +202,7 @@ class SimulatedFileSystem:
         self._locks: set[str] = set()
         self._condemned: dict[str, str] = {}
         self._faults: dict[str, _Fault] = {}
+        self._before_damage: dict[_Inode, tuple[bytes, bytes]] = {}  # (buffered, durable)
 
     # -- the FileSystem interface --------------------------------------------------------------------
 
@@ -386,6 +387,26 @@ class SimulatedFileSystem:
         inode = self._names[path]
         _apply(inode.buffered, PendingChange(offset, data))
         _apply(inode.durable, PendingChange(offset, data))
+
+    def damage(self, path: str, content: bytes) -> None:
+        """Change a file behind everybody's back into `content`, which is on the disk, until `repair`."""
+        inode = self._names[path]
+        if inode not in self._before_damage:
+            self._before_damage[inode] = (bytes(inode.buffered), bytes(inode.durable))
+        inode.buffered[:] = content
+        inode.durable[:] = content
+        inode.pending.clear()
+
+    def repair(self) -> None:
+        """Give damaged files their content of before, as from a mirror; nobody may have written to them since."""
+        for inode, (buffered, durable) in self._before_damage.items():
+            inode.buffered[:] = buffered
+            inode.durable[:] = durable
+        self._before_damage.clear()
+
+    def accept_damage(self) -> None:
+        """What is there is from now on what should be there: `repair` does nothing about it."""
+        self._before_damage.clear()
 
     # -- looking at it -----------------------------------------------------------------------------------
 

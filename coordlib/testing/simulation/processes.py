@@ -170,9 +170,11 @@ class SimulatedProcess(Driver):
         self.start_number = world.number_start(name)
         self.chance = chance = world.choices.stream(f"process:{name}:{self.start_number}")
         self.world = world
+        self.observer = world.observer
         self.name = self._name = name
         self.is_up = True
         self.is_paused = False
+        self.is_crashed_within = False  # it ended between two effects of a turn
         self.fatal: CoordError | None = None
         self.lag_ms = 0  # how much of this round has passed in system calls
         self.effects_left: int | None = None  # sends until the crash
@@ -236,7 +238,7 @@ class SimulatedProcess(Driver):
         identity = ChannelIdentity(CLUSTER, self.name, self.incarnation, is_member, disk_id)
         make = Links if self.world.is_sealed else PlainLinks
         links = make(self.transport, _keys(), identity, members=members, random_bytes=self.chance.randbytes)
-        observer, send = self.world.observer, links.send
+        observer, send = self.observer, links.send
         if observer is not None and is_member:
 
             def watched(name: str, messages: Sequence[tuple[int, Any]], **more: Any) -> Any:
@@ -306,7 +308,7 @@ class SimulatedProcess(Driver):
             self._turn(kernel, links, events, now, late_ms)
         except CrashNow:
             self._observe_turn()
-            world.counts["crashes_within_turn"] += 1
+            self.is_crashed_within = True
             self.crash()
             return
         except CoordError as error:
@@ -326,7 +328,7 @@ class SimulatedProcess(Driver):
         self.kill()
 
     def _observe_turn(self) -> None:
-        observer = self.world.observer
+        observer = self.observer
         if observer is not None:
             observer.turned(self, self.world.now)
 
@@ -351,7 +353,7 @@ class SimulatedProcess(Driver):
 
     def resume(self) -> None:
         """Go on, late: what arrived meanwhile is heard before any timer."""
-        if not self.is_paused:
+        if not self.is_paused or not self.is_up:
             return
         self.is_paused = False
         self._late_ms = self.world.now - self._stopped_at
@@ -387,7 +389,7 @@ class _Storage(SegmentStorage):
 
     def write(self, batch: Sequence[Persist]) -> None:
         world = self.process.world
-        observer = world.observer
+        observer = self.process.observer
         if observer is not None:
             for item in batch:
                 observer.writing(self.process, item)
@@ -409,8 +411,11 @@ class MemberProcess(SimulatedProcess, MemberDriver):
         *,
         bootstrap: bool = False,
         is_damaged: bool = False,
+        is_impostor: bool = False,
     ) -> None:
         self._begin(world, name)
+        if is_impostor:
+            self.observer = None
         self.fs = fs
         chance = self.chance
         storage = _Storage(
@@ -445,8 +450,8 @@ class MemberProcess(SimulatedProcess, MemberDriver):
         for other, endpoint in sorted(world.members.items()):
             if other != name:
                 self._links.connect(endpoint, other, (Lane.CONTROL, Lane.BULK))
-        if world.observer is not None:
-            world.observer.started(self, recovered.groups.get(0), is_damaged=is_damaged)
+        if self.observer is not None:
+            self.observer.started(self, recovered.groups.get(0), is_damaged=is_damaged)
         self._kernel.open_session(self.clock())
         self.wake()
 

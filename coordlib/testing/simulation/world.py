@@ -191,12 +191,15 @@ class World:
 
     # -- processes
 
-    def start_member(self, name: str, *, bootstrap: bool = False, is_damaged: bool = False) -> MemberProcess:
+    def start_member(
+        self, name: str, *, bootstrap: bool = False, is_damaged: bool = False, is_impostor: bool = False
+    ) -> MemberProcess:
         """
         Start a member, or start it again, on its disk.
 
         Args:
             is_damaged: The disk lost or changed what had been durable, so that observers expect less of it.
+            is_impostor: It is not this member's disk at all. Observers do not see this process: it must come to nothing.
 
         Raises:
             CoordError: What production raises; the disk is let go of.
@@ -204,7 +207,9 @@ class World:
         """
         disk = self.disks[name]
         try:
-            process = MemberProcess(self, name, disk, bootstrap=bootstrap, is_damaged=is_damaged)
+            process = MemberProcess(
+                self, name, disk, bootstrap=bootstrap, is_damaged=is_damaged, is_impostor=is_impostor
+            )
         except CrashNow:
             disk.crash(self.choices.stream(f"crash:{name}:{self._starts[name]}"))
             raise
@@ -214,10 +219,12 @@ class World:
         self.processes[name] = process
         return process
 
-    def try_start_member(self, name: str, *, is_damaged: bool = False) -> MemberProcess | None:
+    def try_start_member(
+        self, name: str, *, is_damaged: bool = False, is_impostor: bool = False
+    ) -> MemberProcess | None:
         """Start a member; None if it does not start, which is noted in `stopped` or `fatal`, or crashes on the way."""
         try:
-            return self.start_member(name, is_damaged=is_damaged)
+            return self.start_member(name, is_damaged=is_damaged, is_impostor=is_impostor)
         except CrashNow:
             self.counts["crashes_at_start"] += 1
         except CoordError as error:
@@ -225,8 +232,8 @@ class World:
         return None
 
     def expect(self, name: str, *kinds: type[CoordError]) -> None:
-        """From now on these errors may end the member: what was done to it leads to them. None: no more."""
-        self._expected[name] = kinds
+        """These errors too may end the member: what was done to it leads to them. Without any: none from now on."""
+        self._expected[name] = (*self._expected.get(name, ()), *kinds) if kinds else ()
 
     def note_error(self, name: str, error: CoordError) -> None:
         if isinstance(error, self._expected.get(name, ())):
