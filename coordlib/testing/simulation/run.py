@@ -211,7 +211,12 @@ class _Run:
 
     def _probe_all(self) -> None:
         """Everybody who runs gets something done, and soon."""
-        waiting = {process.name: process for process in self.world.processes.values() if process.is_up}
+        gone = self.injector.gone  # some of them run, cut off from everybody
+        waiting = {
+            name: process
+            for name, process in self.world.processes.items()
+            if process.is_up and name not in gone
+        }
         done: set[str] = set()
         for process in waiting.values():
             self._probe(process, done)
