@@ -7,6 +7,15 @@ from coordlib.testing.simulation.application import (
     Summary,
     simulate,
 )
+from coordlib.testing.simulation.faults import FAULT_KINDS
 from coordlib.testing.simulation.standard import NotSimulated
 
-__all__ = ["Application", "NotSimulated", "Simulation", "SimulationFailed", "Summary", "simulate"]
+__all__ = [
+    "FAULT_KINDS",
+    "Application",
+    "NotSimulated",
+    "Simulation",
+    "SimulationFailed",
+    "Summary",
+    "simulate",
+]

@@ -24,17 +24,33 @@ from coordlib.node.driver import Driver, SessionListener
 from coordlib.node.effects import Effects
 from coordlib.node.session import Call, SessionView
 from coordlib.node.waiting import LoopWatch, wake_all
+from coordlib.testing.simulation.choices import Choices
+from coordlib.testing.simulation.faults import FAULT_KINDS, FaultInjector, draw_faults
 from coordlib.testing.simulation.loop import SimulatedEventLoop
 from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.standard import Standard
+from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile
 from coordlib.testing.simulation.threads import Scheduler, Stalled
 from coordlib.testing.simulation.world import World
 
 __all__ = ["Application", "Simulation", "SimulationFailed", "Summary", "simulate"]
 
 POLL_SECONDS: Final = 0.005
-BEGIN_SECONDS: Final = 3.0  # without faults: the cluster forms first
+BEGIN_MS: Final = 3000  # without faults: the cluster forms first
 RESTART_MS: Final = 1000
+RESTART_MS_MAX: Final = 4000
+
+
+def _kinds(faults: str | Iterable[str]) -> list[str]:
+    if isinstance(faults, str):
+        if faults not in ("none", "all"):
+            raise ConfigError(f"faults is 'none', 'all' or the kinds that may happen; got {faults!r}")
+        return list(FAULT_KINDS) if faults == "all" else []
+    wanted = set(faults)
+    unknown = sorted(wanted - set(FAULT_KINDS))
+    if unknown:
+        raise ConfigError(f"there is no fault {unknown[0]!r}: the kinds are {', '.join(FAULT_KINDS)}")
+    return [kind for kind in FAULT_KINDS if kind in wanted]
 
 
 class SimulationFailed(AssertionError):
@@ -60,12 +76,13 @@ class Application:
         self._main = main
         self._arguments = arguments
         self._restart_on = restart_on
+        self._life: _Life | None = None
 
     def __repr__(self) -> str:
         return f"<Application {self.name}, {'done' if self.is_done else f'started {self.starts} times'}>"
 
     def _begin(self, process: Process) -> None:
-        life = _Life(self._simulation, self, process)
+        self._life = life = _Life(self._simulation, self, process)
         process.guest = life
         self._simulation._scheduler.spawn(life, life.main)
 
@@ -82,14 +99,14 @@ class _Life:
         self._process = process
         self._listeners: list[SessionListener] = []
         self._watches: dict[asyncio.AbstractEventLoop, LoopWatch] = {}
-        self._has_left = False
+        self.has_left = False  # the node was closed by the code, which goes on without it
         self._is_ending = False
 
     # -- for its threads
 
     @property
     def is_running(self) -> bool:
-        return self._process.is_up or self._has_left
+        return self._process.is_up or self.has_left
 
     @property
     def is_paused(self) -> bool:
@@ -151,7 +168,7 @@ class _Life:
         while process.is_up and not kernel.has_left(process.clock()):
             self._scheduler.wait(POLL_SECONDS)
             process.wake()
-        self._has_left = True
+        self.has_left = True
         effects = kernel.fail(ClusterClosed("the node has closed"))
         if effects is not None:
             self.deliver(effects)
@@ -242,9 +259,10 @@ class Simulation:
         Args:
             seed: Decides everything that is left to chance.
             members: From 1 to 7.
-            faults: "none", "all", or the kinds that may happen (`coordlib.testing.FAULT_KINDS`): which of them, when
-                and how badly is drawn from the seed, differently for each.
-            fault_seconds: Until when, in simulated seconds from the start, drawn faults happen.
+            faults: "none"; "all", with a network and disks that misbehave as well; or the kinds that may happen
+                (`coordlib.testing.FAULT_KINDS`). Which of them, when and how badly is drawn from the seed. What a fault
+                ends is restarted after a while.
+            fault_seconds: Until when, in simulated seconds from the start, faults begin. `heal` ends them.
             session_ttl, request_timeout, heartbeat, election_timeout, reads: As for `coordlib.Cluster`.
             stall_seconds: Real seconds after which an application's code that does not give way is an error.
 
@@ -263,11 +281,33 @@ class Simulation:
             request_timeout=request_timeout,
             start_timeout=30.0,
         )
+        kinds = _kinds(faults)
         self.seed = seed
         self.repeat_with = f"Simulation(seed={seed}, ...)"  # how a failure is repeated, for its message
-        self.world = World(seed, members=members, timing=timing, reads_by_lease=reads == "lease")
+        chance = Choices(seed).stream("surroundings") if faults == "all" else None
+        self.world = world = World(
+            seed,
+            members=members,
+            timing=timing,
+            network=NetworkProfile.draw(chance) if chance else None,
+            disk=DiskProfile.draw(chance) if chance else None,
+            clock=ClockProfile.draw(chance) if chance else None,
+            reads_by_lease=reads == "lease",
+        )
         self.applications: dict[str, Application] = {}
-        self._scheduler = Scheduler(self.world, stall_seconds=stall_seconds)
+        self._scheduler = Scheduler(world, stall_seconds=stall_seconds)
+        drawn = draw_faults(
+            world.choices.stream("faults"),
+            members=members,
+            clients=1,  # if there are any
+            from_ms=BEGIN_MS,
+            to_ms=round(fault_seconds * 1000),
+            kinds=kinds,
+        )
+        self._injector = FaultInjector(world, drawn if kinds else (), self._restarted)
+        self._injector_ended = world.on_end
+        world.on_end = self._ended
+        self._ended_by_hand: set[str] = set()
         self._standard = Standard()
         self._surroundings = ExitStack()
         self._is_entered = False
@@ -286,6 +326,7 @@ class Simulation:
             stack.enter_context(self.world)
             scheduler.is_running = True
             self.world.start_all()
+            self._injector.schedule()
             scheduler.is_running = False
             self._surroundings = stack.pop_all()
         self._is_entered = True
@@ -401,16 +442,20 @@ class Simulation:
         scheduler = self._scheduler
         if scheduler.is_running or scheduler.thread() is not None:
             raise UsageError("time passes already: an application waits by time.sleep() or asyncio.sleep()")
+        fatal = self.world.fatal
         scheduler.is_running = True
         try:
-            holds = self.world.run(round(seconds * 1000), condition)
+            holds = self.world.run(
+                round(seconds * 1000),
+                (lambda: bool(fatal)) if condition is None else (lambda: bool(fatal) or condition()),
+            )
         except Stalled as error:
             raise self._failure(str(error)) from None
         finally:
             scheduler.is_running = False
-        if self.world.fatal:
-            name, fatal = self.world.fatal[0]
-            raise self._failure(f"node {name} stopped: {fatal!r}") from fatal
+        if fatal:
+            name, why = fatal[0]
+            raise self._failure(f"node {name} stopped: {why!r}") from why
         return holds
 
     def _check_entered(self) -> None:
@@ -442,13 +487,22 @@ class Simulation:
         """
         End a process as a power failure does: what a disk had not been asked to keep is kept, lost or torn.
 
-        Its application's code goes no step further: no `finally` and no `except` sees the end.
+        Its application's code goes no step further: no `finally` and no `except` sees the end. It stays down
+        until `restart` or `heal`.
         """
-        self._process(name).crash()
+        self._end_by_hand(name, lambda process: process.crash())
 
     def kill(self, name: str) -> None:
-        """End a process as `kill -9` does: what was written stays."""
-        self._process(name).kill()
+        """End a process as `kill -9` does: what was written stays. Else as `crash`."""
+        self._end_by_hand(name, lambda process: process.kill())
+
+    def _end_by_hand(self, name: str, end: Callable[[Process], None]) -> None:
+        process = self._process(name)
+        self._ended_by_hand.add(name)
+        try:
+            end(process)
+        finally:
+            self._ended_by_hand.discard(name)
 
     def restart(self, name: str) -> None:
         """
@@ -460,25 +514,42 @@ class Simulation:
         """
         if self._process(name).is_up:
             raise UsageError(f"{name!r} is up: crash it first")
-        process = (
-            self.world.try_start_member(name) if name in self.world.members else self._start_client(name)
-        )
+        application = self.applications.get(name)
+        if application is not None and application._life is not None:
+            application._life.has_left = False
+        self._start_again(name)
+
+    def _start_again(self, name: str) -> None:
+        if self._process(name).is_up:
+            return
+        world = self.world
+        process = world.try_start_member(name) if name in world.members else self._start_client(name)
         if process is not None:
             self._restarted(process)
 
     def _restarted(self, process: Process) -> None:
         application = self.applications.get(process.name)
-        if application is not None and not application.is_done:
+        if application is None or application.is_done:
+            return
+        if application._life is None or not application._life.has_left:
             application._begin(process)
 
+    def _ended(self, process: Process) -> None:
+        """Of whatever: what a fault ended comes back by itself, and a client under its own name."""
+        name = process.name
+        application = self.applications.get(name)
+        life = application._life if application is not None else None
+        if name in self._ended_by_hand or (life is not None and life.has_left):
+            return
+        if name not in self.world.members:
+            back_ms = self.world.choices.stream("clients' restarts").randint(50, RESTART_MS_MAX)
+            self.world.after(back_ms, self._start_again, name)
+        elif self._injector_ended is not None:
+            self._injector_ended(process)
+
     def _restart_soon(self, process: Process) -> None:
-        process.kill()
-
-        def restart() -> None:
-            if not self._process(process.name).is_up:
-                self.restart(process.name)
-
-        self.world.after(RESTART_MS, restart)
+        self.kill(process.name)
+        self.world.after(RESTART_MS, self._start_again, process.name)
 
     def pause(self, name: str) -> None:
         """Stop a process as SIGSTOP does: the node and the application's code alike. Clocks go on."""
@@ -501,18 +572,20 @@ class Simulation:
         self.world.isolate(name)
 
     def heal(self) -> None:
-        """End all cuts and pauses, and restart what is down."""
+        """End all faults, those that were still to come too; restart what is down, except what has left by itself."""
         self._check_entered()
-        self.world.heal()
+        self._injector.heal()
         for name, process in list(self.world.processes.items()):
-            if process.is_up and process.is_paused:
-                process.resume()
-            elif not process.is_up and not self._has_left(name):
-                self.restart(name)
+            application = self.applications.get(name)
+            if not process.is_up and application is not None and not application.is_done:
+                life = application._life
+                if life is None or not life.has_left:
+                    self._start_again(name)
 
-    def _has_left(self, name: str) -> bool:
-        application = self.applications.get(name)
-        return name not in self.world.members and (application is None or application.is_done)
+    @property
+    def faults(self) -> Counter[str]:
+        """How often each kind of fault that was drawn has had an effect up to now."""
+        return Counter(self._injector.applied)
 
     def digest(self) -> str:
         """Of everything that was drawn and of who ran when: equal for equal runs."""
@@ -551,6 +624,7 @@ def simulate(
             scenario(simulation)
         count += 1
         seconds += simulation.now
+        faults += simulation.faults
     if not count:
         raise UsageError("no seeds: nothing would be simulated")
     return Summary(count, seconds, faults)
