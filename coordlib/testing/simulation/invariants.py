@@ -92,10 +92,11 @@ class _Outcome(NamedTuple):
 class _Disk:
     """What a member's disk holds, by what its storage said it had made durable."""
 
-    __slots__ = ("attempt", "base", "hard_state", "last", "terms")
+    __slots__ = ("attempt", "base", "forgotten", "hard_state", "last", "terms")
 
     def __init__(self) -> None:
         self.hard_state = HardState(0, "")
+        self.forgotten = 0  # it had been told up to here before a fault damaged it; a leader may believe so still
         self.base = 0  # a snapshot stands for everything up to here
         self.terms: dict[int, int] = {}  # index -> term
         self.last = 0
@@ -175,7 +176,9 @@ class Invariants:
         base = snapshot.index if snapshot is not None else 0
         if not is_damaged:
             self._check_recovered(name, disk, group, base)
+        forgotten = max(disk.last, disk.forgotten) if is_damaged else 0
         self._disks[name] = disk = _Disk()
+        disk.forgotten = forgotten
         disk.hard_state = group.hard_state
         disk.base = disk.last = base
         if snapshot is not None:
@@ -385,7 +388,7 @@ class Invariants:
                 self._elected(process)
             for peer in raft._peers:
                 disk = self._disks[peer.node_id]
-                if peer.match > disk.last and peer.match > disk.base:
+                if peer.match > disk.last and peer.match > disk.base and peer.match > disk.forgotten:
                     raise Violation(
                         "match index",
                         f"{process.name} believes that {peer.node_id} has entry {peer.match}, its disk ends at {disk.last}",
