@@ -229,6 +229,13 @@ class Claims:
                 f"{[str(letter) for letter in found]}"
             )
 
+    def claim_says(self, sender: str, receiver: str, kind: str, *words: str, **options: str) -> None:
+        """Of the newest such message, as the table shows it."""
+        letter = self.play.select([sender, receiver, kind, "last"], {})[0]
+        for word in [*words, *(f"{key}={value}" for key, value in options.items())]:
+            if word not in str(letter).split():
+                raise ScenarioError(f"{word!r} is not in: {letter}")
+
     def claim_count(self, name: str, counter: str, *number: str) -> None:
         process = self.play.actor(name)
         part, _, key = counter.partition(".")

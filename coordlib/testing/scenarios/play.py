@@ -558,10 +558,8 @@ class Play:
             raise ScenarioError(f"{words[0]} belongs to no cluster")
         for _ in range(int(options.get("count", 1))):
             self._serial += 1
-            # The end of sessions that never were: told apart by their numbers, and long if that is wanted.
-            body = commands.expire_sessions(
-                [1_000_000 + self._serial] * (int(options.get("size", 0)) // 5 + 1)
-            )
+            # A disk of a member that there is not: refused by the machine, and told apart by its name.
+            body = commands.record_disk(f"none-{self._serial}", bytes(int(options.get("size", 16))))
             entry = raft.propose(commands.pack_entry(leader.kernel.machine.log_time_ms, 0, 0, 0, body))
         if name:
             self.begun[name] = (entry.term, entry.index)
