@@ -64,9 +64,9 @@ def draw_load(
 
     Args:
         services: Name and usual weight of each. The first is always in use, others are left out now and then.
-        operations_per_second: Instead of one drawn from 3 to 50.
+        operations_per_second: Instead of one drawn from 5 to 50.
     """
-    drawn_rate = stream.choice((3, 5, 8, 12, 20, 30, 50))
+    drawn_rate = stream.choice((5, 6, 8, 12, 20, 30, 50))
     weights = {}
     for place, (name, weight) in enumerate(services):
         factor = stream.choice((0.0, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0))
