@@ -67,7 +67,7 @@ class ClientKernel:
         if self._wants_session:
             self.session.open(now)
 
-    def peer_up(self, name: str, now: int) -> None:
+    def peer_up(self, name: str, incarnation: int, now: int) -> None:
         self._up[name] = None
         if name == self._leader or not self._leader:
             # Nobody known to lead: any member can tell who does.

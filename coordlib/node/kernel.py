@@ -222,13 +222,14 @@ class MemberKernel:
 
     # -- input from peers ----------------------------------------------------------------------------------
 
-    def peer_up(self, name: str, now: int) -> None:
-        """Our control connection to a member is established (again)."""
+    def peer_up(self, name: str, incarnation: int, now: int) -> None:
+        """Our control connection to a member, of that incarnation, is established (again)."""
         peer = self.peers.known[name]
         peer.is_up = True
         self._announce(name)
-        if peer.announce is not None:
-            # What we had to answer could not be sent while there was no connection.
+        if peer.announce is not None and peer.incarnation == incarnation:
+            # What we had to answer could not be sent while there was no connection. What an earlier run announced is
+            # not for this one to answer for: its directory may have been given back since.
             self._on_announce(name, peer.announce, now)
         if self.raft is not None:
             self.raft.report_reachable(name)

@@ -269,7 +269,7 @@ class Links:
             return  # a client that reached one member by two addresses: the first serves
         self._control[peer.node] = connection
         if not was_established:
-            kernel.peer_up(peer.node, now)
+            kernel.peer_up(peer.node, peer.incarnation, now)
             if isinstance(kernel, ClientKernel):
                 self._greet(connection)
 

@@ -61,7 +61,7 @@ class Ears:
     def client_messages(self, route: bytes, messages: Any, now: int) -> None:
         self.heard += [(route, message) for _, message in messages]
 
-    def peer_up(self, name: str, now: int) -> None:
+    def peer_up(self, name: str, incarnation: int, now: int) -> None:
         self.calls.append(("up", name))
 
     def peer_down(self, name: str) -> None:
