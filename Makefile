@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench simulate kill9 clean
+.PHONY: demo test lint bench simulate kill9 nemesis clean
 
 demo: $(STAMP)
 	@$(PY) -m coordlib.cli demo
@@ -28,6 +28,11 @@ simulate: $(STAMP)
 
 kill9: $(STAMP)
 	$(PY) benchmarks/kill9.py
+
+# Real faults on real processes; all of them only as root. docs/nemesis.md
+nemesis: $(STAMP)
+	$(PY) -m coordlib.testing.nemesis --members 3
+	$(PY) -m coordlib.testing.nemesis --members 5
 
 # The stamp is written last: an interrupted installation is begun anew.
 $(STAMP): pyproject.toml

@@ -95,11 +95,18 @@ async def _main(options: argparse.Namespace, workspace: Workspace) -> int:
         asyncio.get_running_loop().add_signal_handler(stopping, task.cancel)
     asked = _chosen(options.faults, list(FAULTS), "fault")
     sabotage = _chosen(options.sabotage, [*SABOTAGES, NO_EFFECT], "sabotage")
-    missing = {what: why for what, why in (await capabilities.find(workspace)).items() if why}
     network = options.network
+    is_required = options.require == "all" or os.environ.get("COORDLIB_REQUIRE_FAULTS") == "1"
+    wanted = [
+        what
+        for what in capabilities.ALL
+        if is_required
+        or (what == capabilities.NAMESPACES and network != "proxy")
+        or what in {FAULTS[name].needs for name in asked or FAULTS}
+    ]
+    missing = {what: why for what, why in (await capabilities.find(workspace, wanted)).items() if why}
     if network == "auto":
         network = "proxy" if capabilities.NAMESPACES in missing else "netns"
-    is_required = options.require == "all" or os.environ.get("COORDLIB_REQUIRE_FAULTS") == "1"
     for what, why in missing.items():
         _say(f"this machine cannot do {what}: {why}")
     if is_required and missing:
@@ -121,7 +128,7 @@ async def _main(options: argparse.Namespace, workspace: Workspace) -> int:
             seed=seed + number,
             faults=[name for name in possible if not asked or name in asked],
             network=network,
-            capabilities=frozenset({capabilities.DISKS, capabilities.SHIM} - set(missing)),
+            capabilities=frozenset(set(wanted) - set(missing)),
             sabotage=tuple(sabotage),
         )
         outcome = await run(settings, workspace)

@@ -36,6 +36,7 @@ class _Pulse:
 
     def __init__(self) -> None:
         self._gap_seconds = 0.0
+        self._has_beaten = threading.Event()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def _beat(self) -> None:
@@ -45,9 +46,12 @@ class _Pulse:
             now = monotonic()
             self._gap_seconds = max(self._gap_seconds, now - last)
             last = now
+            self._has_beaten.set()
 
     def take(self) -> float:
-        """The longest gap since this was asked last."""
+        """The longest gap since this was asked last, the one that may have just ended included."""
+        self._has_beaten.clear()
+        self._has_beaten.wait()
         gap, self._gap_seconds = self._gap_seconds, 0.0
         return gap
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -14,20 +15,25 @@ from coordlib.testing.nemesis.network import links_between
 from coordlib.testing.nemesis.shim import ShimError, build
 from coordlib.testing.nemesis.workspace import CommandError, Workspace, command
 
-__all__ = ["DISKS", "NAMESPACES", "SHIM", "find"]
+__all__ = ["ALL", "DISKS", "NAMESPACES", "SHIM", "find"]
 
 NAMESPACES: Final = "network namespaces"
 DISKS: Final = "loop-mounted filesystems"
 SHIM: Final = "a library in front of libc"
+ALL: Final = (NAMESPACES, DISKS, SHIM)
 
 
-async def find(workspace: Workspace) -> dict[str, str]:
-    """For each capability, why it is missing; empty if it is there."""
-    return {
-        NAMESPACES: await _namespaces(workspace),
-        DISKS: await _disks(workspace),
-        SHIM: _shim(workspace),
-    }
+async def find(workspace: Workspace, wanted: Iterable[str]) -> dict[str, str]:
+    """For each capability that is wanted, why it is missing; empty if it is there."""
+    found = {}
+    for what in wanted:
+        if what == NAMESPACES:
+            found[what] = await _namespaces(workspace)
+        elif what == DISKS:
+            found[what] = await _disks(workspace)
+        else:
+            found[what] = _shim(workspace)
+    return found
 
 
 def _tools(*names: str) -> str:

@@ -171,6 +171,10 @@ class ProxyNetwork:
         except OSError:
             pass  # reset by one of the ends, or by us: the other end is closed with it
 
+    def kept_bytes(self, source: str, target: str) -> int:
+        """How many bytes the fault that is on has kept from passing in a direction, or slowed."""
+        return self._directions[source, target].kept_bytes
+
     async def cut(self, links: Iterable[Link]) -> None:
         self._unit = "bytes cut off"
         self._is_cut = True
