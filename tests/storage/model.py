@@ -12,13 +12,14 @@ from random import Random
 from coordlib.errors import StartError, StorageFailed
 from coordlib.raft.messages import Entry, HardState, SnapshotMeta
 from coordlib.storage import LogStorage, Persist, Recovered, RecoveredGroup, SegmentStorage
+from coordlib.storage.files import FileSystem
 from coordlib.testing.disk import CrashNow, SimulatedFileSystem
 from coordlib.testing.suites.storage import make_entries, make_meta
 
 DIRECTORY = "/data"
 
 
-def make_storage(fs: SimulatedFileSystem, **options: int) -> SegmentStorage:
+def make_storage(fs: FileSystem, **options: int) -> SegmentStorage:
     options = {"segment_size_bytes": 5200, "fill_size_bytes": 300, **options}
     return SegmentStorage(
         fs, DIRECTORY, node_id="a", cluster_name="shop", new_disk_id=b"0123456789abcdef", **options

@@ -394,7 +394,7 @@ def _locks(draw: st.DrawFn) -> list[Operation]:
     return operations
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(_registers())
 def test_registers_are_judged_as_by_trying_everything(operations: list[Operation]) -> None:
     """Same verdict, and an illegal one can be explained."""
@@ -403,7 +403,7 @@ def test_registers_are_judged_as_by_trying_everything(operations: list[Operation
     assert bool(verdict.explanation) == (verdict.result == "illegal")
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(_locks())
 def test_locks_are_judged_as_by_trying_everything(operations: list[Operation]) -> None:
     """Same verdict; the earliest instants that the model keeps are enough."""
