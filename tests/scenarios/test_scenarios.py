@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from coordlib.testing.scenarios import Scenario, ScenarioError, parse, parse_file, run_scenario
+from coordlib.testing.scenarios import parse_file, run_scenario
 
 HERE = Path(__file__).resolve().parent
 FILES = sorted(HERE.glob("*.txt"))

@@ -258,11 +258,11 @@ class Claims:
     # -- processes and disks
 
     def claim_stopped(self, name: str, code: str) -> None:
-        error = self.stage.stopped.get(name)
+        error = self.stage.unexplained.get(name)
         self._equal(f"why {name} stopped", code, None if error is None else error.code)
         if code in ("invariant-violation", "fatal"):
             raise ScenarioError(f"{name} stopped because of a bug: {error}")
-        del self.stage.stopped[name]
+        del self.stage.unexplained[name]
         self.play.explained[name] = error
 
     def claim_said(self, name: str, *words: str) -> None:

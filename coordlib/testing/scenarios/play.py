@@ -85,8 +85,8 @@ class Play:
         if method is None:
             raise ScenarioError(f"there is no command {command.name!r}")
         stage = self._stage
-        if stage is not None and stage.stopped and command.words[:1] != ("stopped",):
-            name, error = next(iter(stage.stopped.items()))
+        if stage is not None and stage.unexplained and command.words[:1] != ("stopped",):
+            name, error = next(iter(stage.unexplained.items()))
             raise ScenarioError(f"{name} stopped, and nobody expected it ({error.code}): {error}")
         words, name = list(command.words), ""
         if len(words) > 2 and words[-2] == "as":
@@ -149,7 +149,9 @@ class Play:
             "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             for row in rows
         ]
-        lines += [f"  {name} stopped: {error}" for name, error in {**self.explained, **stage.stopped}.items()]
+        lines += [
+            f"  {name} stopped: {error}" for name, error in {**self.explained, **stage.unexplained}.items()
+        ]
         lines += [f"  cut: {one} -> {other}" for one, other in sorted(stage.severed)]
         lines += [f"  under way: {letter}" for letter in stage.under_way[:20]]
         return "\n".join(line.rstrip() for line in lines)
@@ -239,8 +241,10 @@ class Play:
         self.stage.patience[words[0]] = [_milliseconds(word) for word in words[1:]]
 
     def do_secret(self, words: list[str], options: dict[str, str]) -> None:
-        """`secret n1 other`: at its next start, n1 has another secret than the rest."""
-        self.stage.secrets[words[0]] = f"the secret of {words[1]}, long enough"
+        """`secret n1 other`: at its next start n1 has another secret than the rest; `same` is that of all."""
+        self.stage.secrets.pop(words[0], None)
+        if words[1] != "same":
+            self.stage.secrets[words[0]] = f"the secret of {words[1]}, long enough"
 
     # -- processes
 
@@ -253,7 +257,7 @@ class Play:
         try:
             self.stage.start_member(name, bootstrap="bootstrap" in flags)
         except CoordError as error:
-            self.stage.stopped[name] = error
+            self.stage.unexplained[name] = error
 
     do_restart = do_start
 
@@ -715,8 +719,8 @@ class Play:
             SETTLE_MS,
             lambda: self._claims.outcome("(last)")[0] == "ok" and self._do_all_agree(),
         )
-        if stage.stopped:
-            name, error = next(iter(stage.stopped.items()))
+        if stage.unexplained:
+            name, error = next(iter(stage.unexplained.items()))
             raise ScenarioError(f"{name} stopped while everything was well: {error}")
         self._claims.claim_equal("all")
         stage.watch.finish(stage.staged_members)

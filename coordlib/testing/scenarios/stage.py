@@ -160,7 +160,7 @@ class _Staged(SimulatedProcess):
             return
         except CoordError as error:
             self.fatal = error
-            stage.stopped[self.name] = error
+            stage.unexplained[self.name] = error
             self.end()
             return
         stage.watch.turned(self, stage.now)
@@ -315,7 +315,7 @@ class Stage(World):
         self.automatic = set(AUTOMATIC)
         self.patience: dict[str, list[int]] = {}
         self.secrets: dict[str, str] = {}
-        self.stopped: dict[str, CoordError] = {}  # by themselves, and nobody has said that they should
+        self.unexplained: dict[str, CoordError] = {}  # by themselves, and nobody has said that they should
         self.damaged: set[str] = set()  # disks of which less is expected at the next start
         self.allowed: set[str] = set()  # of what is forbidden otherwise
         self.fate = "lose"  # of what was not synced when power goes
@@ -336,7 +336,12 @@ class Stage(World):
 
     # -- processes
 
-    def start_member(self, name: str, *, bootstrap: bool = False) -> StageMember:
+    def start_member(
+        self, name: str, *, bootstrap: bool = False, is_damaged: bool = False, is_impostor: bool = False
+    ) -> StageMember:
+        assert not is_impostor, "a scenario's invariants see every process"
+        if is_damaged:
+            self.damaged.add(name)
         disk = self.disks[name]
         assert isinstance(disk, StageDisk)
         if name in self.processes:
