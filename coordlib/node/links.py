@@ -158,7 +158,7 @@ class Links:
                 connection = self._connections.get(event.connection)
                 if connection is not None:
                     connection.is_up = True
-                    self._hello(connection, now)
+                    self._start_over(connection, kernel, now)
             elif type(event) is ConnectionDown:
                 connection = self._connections.get(event.connection)
                 if connection is not None:
@@ -235,15 +235,18 @@ class Links:
             if type(result) is Opened:
                 messages = decode_messages(result.plaintext)
             elif isinstance(result, Established):
+                if not connection.is_up:
+                    # Of the connection that is lost already, read late: there is nobody at its other end.
+                    self._count("late-welcome")
+                    return
                 self._established(connection, result.peer, kernel, now)
                 return
             elif isinstance(result, RehelloWanted):
-                self._lost(connection, kernel)
-                self._hello(connection, now)
+                self._start_over(connection, kernel, now)
                 return
             else:
                 assert isinstance(result, Rejected)
-                self._rejected(connection, result, now)
+                self._rejected(connection, result, kernel, now)
                 return
         except ProtocolError as error:
             if error.code == "wrong-peer":
@@ -277,11 +280,13 @@ class Links:
         # An empty batch makes the session live at the member, which then tells who leads.
         self._transport.send(connection.id, connection.initiator.seal(encode_messages([])))
 
-    def _rejected(self, connection: _Connection, result: Rejected, now: int) -> None:
+    def _rejected(
+        self, connection: _Connection, result: Rejected, kernel: MemberKernel | ClientKernel, now: int
+    ) -> None:
         where = connection.name or connection.endpoint
         if result.retry_epoch_index is not None:
             connection.initiator.use_epoch(result.retry_epoch_index)
-            self._hello(connection, now)
+            self._start_over(connection, kernel, now)
             return
         self.problems[where] = result.message
         self._fault(where, result.code, result.message, now)
@@ -323,6 +328,11 @@ class Links:
             del table[connection.name]
             if connection.lane == Lane.CONTROL:
                 kernel.peer_down(connection.name)
+
+    def _start_over(self, connection: _Connection, kernel: MemberKernel | ClientKernel, now: int) -> None:
+        # A new greeting forgets the old session, so nobody may go on believing that it can be sent on.
+        self._lost(connection, kernel)
+        self._hello(connection, now)
 
     def _hello(self, connection: _Connection, now: int, *, is_rekey: bool = False) -> None:
         connection.hello_ms = now

@@ -10,6 +10,7 @@ import pytest
 from coordlib.node.kernel import MemberKernel
 from coordlib.node.links import Links
 from coordlib.transport.base import (
+    ConnectionDown,
     ConnectionUp,
     FrameReceived,
     HandshakeFailed,
@@ -271,6 +272,28 @@ def connected(bench: Bench) -> Responder:
     bench.receive(FrameReceived(1, b"", accepted.reply_frame))
     bench.wires.sent.clear()
     return responder
+
+
+def test_a_welcome_read_after_its_connection_was_lost_establishes_nothing(bench: Bench) -> None:
+    """The transport tells of the loss before it has handed over the last frames; the next greeting is for the next."""
+    bench.links.connect("tcp://10.0.0.2:7400", "n2")
+    bench.receive(ConnectionUp(1))
+    responder = Responder(KEYS, identity("n2"), random_bytes=os.urandom)
+    accepted = responder.receive(b"us", bench.wires.sent[-1][1])
+    assert isinstance(accepted, HelloAccepted)
+    bench.receive(ConnectionDown(1), FrameReceived(1, b"", accepted.reply_frame))
+    assert not bench.links.send("n2", [(0, StatusQuery(1))])
+    bench.receive(ConnectionUp(1))
+    assert not bench.links.send("n2", [(0, StatusQuery(1))])
+    assert bench.ears.calls == []
+
+
+def test_a_connection_that_comes_up_anew_without_a_word_of_its_loss_starts_over(bench: Bench) -> None:
+    """Nothing is sent on the session that the new greeting has forgotten."""
+    connected(bench)
+    bench.receive(ConnectionUp(1))
+    assert [("up", "n2"), ("down", "n2")] == bench.ears.calls
+    assert not bench.links.send("n2", [(0, StatusQuery(1))])
 
 
 TOO_LARGE = StatusReply(1, bytes(BATCH_BYTES_MAX + 1))
