@@ -88,6 +88,7 @@ class Reduction:
 def draw_plan(seed: int) -> Plan:
     """The plan of a seed: the same for ever, as long as this module is."""
     chance = Choices(seed).stream("plan")
+    load = draw_load(chance)
     members = chance.choice((1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5, 5, 7))
     clients = chance.randint(0, 3) if members > 1 else chance.randint(1, 2)
     return Plan(
@@ -98,14 +99,15 @@ def draw_plan(seed: int) -> Plan:
         network=NetworkProfile.draw(chance),
         disk=DiskProfile.draw(chance),
         clock=ClockProfile.unbounded() if chance.random() < 0.05 else ClockProfile.draw(chance),
-        load=draw_load(chance),
+        load=load,
         faults=draw_faults(chance, members=members, clients=clients, from_ms=2_000, to_ms=SAFETY_MS),
         is_sealed=chance.random() < 0.02,
         reads_by_lease=chance.random() < 0.5,
         segment_size_bytes=chance.choice((8, 16, 64)) * 1024,
         snapshot_entries=chance.choice((20, 50, 100, 400, 20_000)),
         entries_retained=chance.choice((0, 5, 50, 2_000)),
-        chunk_size_bytes=chance.choice((200, 1000, 256 * 1024)),
+        # Large states in tiny pieces would only take longer than anybody waits.
+        chunk_size_bytes=chance.choice((16 * 1024 if load.padding_size_bytes else 200, 20_000, 256 * 1024)),
     )
 
 
