@@ -131,6 +131,7 @@ class MemberKernel:
         self.counters: dict[str, int] = {
             "applied_rounds": 0,
             "leader_changes": 0,
+            "stale_refusals": 0,
             "untrusted_messages": 0,
         }
         if identity.cluster_uuid:
@@ -306,6 +307,11 @@ class MemberKernel:
             self._pending_identity = identity
 
     def _on_refusal(self, name: str, message: Refusal, now: int) -> None:
+        if self.peers.is_known_to(name):
+            # The answer to a late message of another run, on a disk that this one no longer has (the operator gave
+            # it its own back). A peer's announcement comes before anything else on a connection, and says otherwise.
+            self.counters["stale_refusals"] += 1
+            return
         raise StartError(f"member {name!r} refused this node: {message.message}")
 
     def _on_requests(self, name: str, message: Requests, now: int) -> None:

@@ -171,6 +171,16 @@ class Peers:
         if ours and ours != self.identity.disk_id:
             raise StartError(_wiped(self.node_id, ours, self.identity.disk_id))
 
+    def is_known_to(self, name: str) -> bool:
+        """The peer belongs to our cluster and has announced that it knows this node by the disk that it is on."""
+        announce = self.known[name].announce
+        return (
+            announce is not None
+            and self.is_formed
+            and announce.cluster_uuid == self.identity.cluster_uuid
+            and (self.node_id, self.identity.disk_id) in announce.known_disks
+        )
+
     def _judge_disk(self, name: str, announce: Announce) -> Refusal | None:
         peer = self.known[name]
         known = self.disks.get(name, b"")

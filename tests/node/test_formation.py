@@ -10,6 +10,7 @@ from coordlib.errors import StartError
 from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.processes import MemberProcess
 from coordlib.testing.simulation.world import World
+from coordlib.wire.messages import Refusal
 
 PATIENCE_MS = 15_000
 
@@ -133,6 +134,17 @@ def test_a_wiped_disk_is_refused(world: World) -> None:
     world.run(3000)
     only_fatal(world, "n2", "wiped")
     assert world.run(PATIENCE_MS, lambda: all_work(world))
+
+
+def test_a_late_refusal_does_not_stop_a_member_on_its_own_disk(world: World) -> None:
+    """It answers what a run on a wiped directory said, before the operator gave the member its own back."""
+    world.start_all()
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    member = world.member("n2")
+    member.kernel.peer_messages(
+        "n1", [(0, Refusal("disk-differs", "its data_dir was wiped"))], member.clock()
+    )
+    assert member.kernel.counters["stale_refusals"] == 1
 
 
 def test_a_wiped_majority_does_not_form_a_new_cluster(world: World) -> None:
