@@ -198,7 +198,7 @@ def test_a_load_is_json_and_draws_every_service() -> None:
     for seed in range(60):
         load = draw_load(Choices(seed).stream("load"))
         assert Load(**json.loads(json.dumps(asdict(load)))) == load
-        assert 3 <= load.operations_per_second <= 50
+        assert 5 <= load.operations_per_second <= 50
         rates.add(load.operations_per_second)
         used.update(name for name, weight in load.weights.items() if weight)
     assert used["registers"] == 60

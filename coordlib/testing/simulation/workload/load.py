@@ -87,7 +87,7 @@ def draw_load(
         group_keys=8 if is_padded else stream.choice((2, 4, 8)),
         padding_size_bytes=PADDED_SIZE_BYTES if is_padded else 0,
         hold_ms_max=stream.choice((50, 600, 2500)),
-        share_long_holds=stream.choice((0.0, 0.05, 0.2)),
+        share_long_holds=stream.choice((0.0, 0.1, 0.3)),
         share_short_timeouts=stream.choice((0.0, 0.1, 0.4)),
         share_cancelled=stream.choice((0.0, 0.02, 0.1)),
     )

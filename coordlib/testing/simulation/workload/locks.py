@@ -8,12 +8,14 @@ clocks keep to their bound; the others always.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Final
 
 from coordlib.api.engine import OpGen
 from coordlib.api.grants import Grants
 from coordlib.api.locks import Grant, GrantState, LockInfo, _LockBase
-from coordlib.errors import LockLost, LockTimeout
+from coordlib.api.maps import ABSENT
+from coordlib.errors import LockLost, LockTimeout, SessionExpired
 from coordlib.machine import commands
 from coordlib.machine.commands import AcquisitionState
 from coordlib.node.session import Call, SessionState, SessionView
@@ -25,6 +27,7 @@ __all__ = ["Hold", "Locks"]
 
 MAP: Final = "guarded"
 LATE_SHARE: Final = 0.15  # of released grants with which a late write is tried
+STALE_SHARE: Final = 0.7  # of lost ones
 WITHDRAWALS_MAX: Final = 200
 LOOK_MS: Final = 500  # how often a holder asks whether it is time to stop
 PAUSED_MS: Final = 50
@@ -53,6 +56,7 @@ class Hold:
         "lock",
         "until_ms",
         "uses",
+        "was_lost",
         "was_paused",
         "was_suspended",
         "worker",
@@ -66,6 +70,7 @@ class Hold:
         self.uses = uses  # left
         self.until_ms = 0  # when it goes on
         self.is_released = False  # for certain
+        self.was_lost = False
         self.was_paused = False
         self.was_suspended = False
 
@@ -137,11 +142,14 @@ class Locks(Service):
                 self._granted(task, lock, floor, stream)
                 return
             worker.outstanding -= 1
+            if isinstance(task.error, LockTimeout):
+                site.marks.hit("acquire_timed_out" if timeout else "acquire_refused_at_once")
+            if isinstance(task.error, LockTimeout) and not timeout:
+                task.answered({"ok": False, "token": None})
+            elif task.outcome is Outcome.REFUSED and not isinstance(task.error, SessionExpired):
+                task.refused()  # else it may have been granted, until the cluster knows that the session is over
             if task.outcome is Outcome.REFUSED:
-                task.refused()
                 worker.give_client(client)
-                if isinstance(task.error, LockTimeout):
-                    site.marks.hit("acquire_timed_out" if timeout else "acquire_refused_at_once")
             if task.outcome is Outcome.UNKNOWN or isinstance(task.error, LockTimeout):
                 self._note_withdrawal(task)
 
@@ -279,7 +287,8 @@ class Locks(Service):
         if state == GrantState.LOST:
             marks.hit("grant_lost_while_paused" if hold.was_paused else "grant_lost")
             # A holder that does not look: whatever it writes must bear its token.
-            if hold.uses and stream.random() < 0.5:
+            if stream.random() < STALE_SHARE and not hold.was_lost:
+                hold.was_lost = True
                 hold.uses = 0
                 self._use(hold, stream)
             else:
@@ -301,7 +310,7 @@ class Locks(Service):
         """Write under the guard of the grant, as the only safe way to write is."""
         self._write_guarded(hold, stream, lambda: self._go_on(hold, stream))
 
-    def _write_guarded(self, hold: Hold, stream: Stream, then: Any) -> None:
+    def _write_guarded(self, hold: Hold, stream: Stream, then: Callable[[], None]) -> None:
         site, name, token = self.site, hold.lock.name, hold.grant._token
         floor = self._accepted[name]
         is_late = hold.is_released
@@ -310,21 +319,24 @@ class Locks(Service):
             if task.outcome is Outcome.DONE:
                 if is_late:
                     site.broken("guards", f"{task} was accepted, and the grant had been released before")
-                if token < floor:
-                    site.broken(
-                        "guards", f"{task} was accepted, and {floor} had been accepted before it began"
-                    )
-                self._accepted[name] = max(self._accepted[name], token)
+                if task.result is not False:  # else a cas found another value, and nothing was written
+                    if token < floor:
+                        before = f"{floor} had been accepted before it began"
+                        site.broken("guards", f"{task} was accepted, and {before}")
+                    self._accepted[name] = max(self._accepted[name], token)
             elif isinstance(task.error, LockLost):
-                site.marks.hit("guard_refused")
+                site.marks.hit("stale_write_refused" if hold.was_lost else "guard_refused")
                 if not is_late:
                     self._expect_lost(hold, task, "a guarded write is refused")
             if not hold.worker.is_ended:
                 then()
 
         handle = site.map(MAP, stream)
-        if stream.random() < 0.25:
+        chance = stream.random()
+        if chance < 0.25:
             operation: Any = handle._update_gen({name: token}, {}, hold.grant)
+        elif chance < 0.35:
+            operation = handle._compare_and_set_gen(name, floor or ABSENT, token, hold.grant)
         else:
             operation = handle._put_gen(name, token, hold.grant)
         what = f"write of {token} to {name}"

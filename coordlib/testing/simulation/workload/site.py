@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn, Protocol
 
 from coordlib.api.engine import OpGen, Step
 from coordlib.api.maps import _MapBase
-from coordlib.errors import ClusterClosed, DefiniteError, IndeterminateError, LeadershipLost
+from coordlib.errors import ClusterClosed, DefiniteError, FatalError, IndeterminateError, LeadershipLost
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.processes import Operation, Process
@@ -370,7 +370,8 @@ class Site:
             outcome = Outcome.DONE
         elif isinstance(error, DefiniteError | ClusterClosed):
             outcome = Outcome.REFUSED
-        elif isinstance(error, IndeterminateError | CancelledError):
+        elif isinstance(error, IndeterminateError | FatalError | CancelledError):
+            # A node that stops says why, but not of which call it was the end.
             outcome = Outcome.UNKNOWN
             if isinstance(error, LeadershipLost) and "session ended" in error.message:
                 self.marks.hit("session_expired_with_retry")
