@@ -169,7 +169,10 @@ MUTANTS = (
             replace(
                 _ELECTIONS + "_check_quorum",
                 "        if now - contact >= limit:\n",
-                "        if now - contact >= limit and not _mutant_hit():\n",
+                "        if now - contact >= limit and _mutant_hit():\n"
+                "            self._quorum_check_at = now + limit\n"
+                "            return True\n"
+                "        if False:\n",
             ),
         ),
     ),

@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant(
         "snapshot-lacks-the-token-counter",
         "fencing tokens begin anew after a restore (DDIA ch. 8: they must rise for ever)",
-        (replace(_RESTORE, "parts.locks.counter = counter", "_mutant_hit()"),),
+        (replace(_RESTORE, "self.parts.locks.counter = counter", "_mutant_hit()"),),
     ),
     Mutant(
         "snapshot-lacks-the-sessions",

@@ -48,7 +48,7 @@ _SYMPTOMS = {
     "crash": "crash",
     "hang": "liveness",
     "invariant()": "invariant()",
-    "linearizability": "history checker",
+    "history": "history checker",
     "liveness": "liveness",
     "member stopped": "crash",
     "scenario": "scenario",
