@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coordlib.testing.nemesis import capabilities
+from coordlib.testing.nemesis.disks import DiskError
 from coordlib.testing.nemesis.faults import FAULTS
 from coordlib.testing.nemesis.run import NO_EFFECT, Outcome, Settings, run
 from coordlib.testing.nemesis.work import SABOTAGES
-from coordlib.testing.nemesis.workspace import CommandError, Workspace
+from coordlib.testing.nemesis.workspace import CommandError, Workspace, own_mounts
 
 __all__ = ["main"]
 
@@ -73,6 +74,7 @@ def _chosen(text: str, known: Sequence[str], what: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as asked; returns the exit code."""
     options = _parser().parse_args(arguments)
+    own_mounts()
     try:
         # Closing the workspace takes away whatever an interrupted run could not.
         with Workspace(options.dir) as workspace:
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _NotRun as error:
         _say(f"nemesis: {error}")
         return EXIT_NOT_RUN
-    except (CommandError, OSError) as error:
+    except (CommandError, DiskError, OSError) as error:
         _say(f"nemesis: the machine does not play along: {error}")
         return EXIT_NOT_RUN
     except asyncio.CancelledError:

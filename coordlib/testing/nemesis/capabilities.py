@@ -69,17 +69,17 @@ _KNOCK: Final = (
 
 
 async def _disks(workspace: Workspace) -> str:
-    if missing := _tools("mkfs.ext4", "mount", "umount"):
+    if missing := _tools("mkfs.ext4", "losetup", "mount", "umount"):
         return missing
-    directory = workspace.directory / "try"
-    disk = LoopDisk(directory)
+    disk = LoopDisk(workspace.directory / "try")
     try:
         await disk.open()
         disk.cut_power()
         is_lost = await disk.restore_power()
-        await command("umount", str(directory / "disk"))
     except (CommandError, DiskError, OSError) as error:
         return str(error)
+    finally:
+        await disk.close()
     return "" if is_lost else "a shut down filesystem keeps what was never fsynced"
 
 

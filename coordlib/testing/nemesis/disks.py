@@ -14,10 +14,12 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from time import monotonic
 from typing import Final
 
-from coordlib.testing.nemesis.workspace import CommandError, command
+from coordlib.testing.nemesis.workspace import command
 
 __all__ = ["DiskError", "LoopDisk", "PlainDisk"]
 
@@ -27,11 +29,31 @@ _WITHOUT_FLUSH: Final = struct.pack("=I", 2)
 _BALLOON: Final = "balloon"
 _PROBE: Final = "probe"
 _PROBE_TEXT: Final = b"written, not fsynced"
-_BUSY_TURNS: Final = 100
+_BUSY_SECONDS_MAX: Final = 10.0
 
 
 class DiskError(Exception):
     """A disk cannot do what it is made for; the message says what."""
+
+
+async def _until(is_so: Callable[[], Awaitable[bool]], why_not: str) -> None:
+    """Ask again and again, for a while."""
+    deadline = monotonic() + _BUSY_SECONDS_MAX
+    while not await is_so():
+        if monotonic() > deadline:
+            raise DiskError(why_not)
+        await asyncio.sleep(0.01)
+
+
+async def _is_free(device: str) -> bool:
+    """Whether no filesystem has the device, wherever it may be mounted."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 class PlainDisk:
@@ -52,6 +74,7 @@ class LoopDisk:
 
     def __init__(self, directory: Path) -> None:
         self._image = directory / "disk.img"
+        self._device = ""
         self._mounted = directory / "disk"
         self.data_dir = self._mounted / "data"
 
@@ -65,14 +88,27 @@ class LoopDisk:
             image.truncate(SIZE_BYTES)
         # Without reserve, or root would write on when it is full.
         await command("mkfs.ext4", "-q", "-F", "-m", "0", str(self._image))
+        self._device = (await command("losetup", "--find", "--show", str(self._image))).strip()
         await self._mount()
 
     async def _mount(self) -> None:
-        await command("mount", "-o", "loop", str(self._image), str(self._mounted))
+        await command("mount", self._device, str(self._mounted))
+
+    async def _unmount(self) -> None:
+        # The last descriptors of a killed process are closed after its parent hears of its end.
+        await _until(self._is_unmounted, f"{self._mounted} stays busy")
+        # A mount namespace that was copied meanwhile would keep the filesystem alive as it was: shut down.
+        await _until(lambda: _is_free(self._device), f"{self._device} stays in use")
+
+    async def _is_unmounted(self) -> bool:
+        await command("umount", str(self._mounted), is_checked=False)
+        return not os.path.ismount(self._mounted)
 
     async def close(self) -> None:
         """Unmount it, after every process let go of it."""
-        await command("umount", str(self._mounted), is_checked=False)
+        if self._device:
+            await command("umount", str(self._mounted), is_checked=False)
+            await command("losetup", "--detach", self._device, is_checked=False)
 
     def fill(self) -> int:
         """Leave no block free; returns how many bytes that took."""
@@ -123,17 +159,10 @@ class LoopDisk:
         Mount it anew, after every process let go of it. Whether what was not fsynced is gone, as it must be.
 
         Raises:
-            CommandError: It cannot be unmounted or mounted.
+            CommandError: It cannot be mounted.
+            DiskError: It cannot be unmounted.
         """
-        for turn in range(_BUSY_TURNS):
-            try:
-                await command("umount", str(self._mounted))
-                break
-            except CommandError:
-                # The last descriptors of a killed process are closed after its parent hears of its end.
-                if turn == _BUSY_TURNS - 1:
-                    raise
-                await asyncio.sleep(0.02)
+        await self._unmount()
         await self._mount()
         probe = self._mounted / _PROBE
         is_lost = not probe.exists() or probe.read_bytes() != _PROBE_TEXT

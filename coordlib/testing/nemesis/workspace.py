@@ -7,6 +7,7 @@ it. So a later run can tell what a killed one left behind from what a living one
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import re
 import shutil
@@ -15,10 +16,12 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-__all__ = ["CommandError", "Workspace", "command", "sweep"]
+__all__ = ["CommandError", "Workspace", "command", "own_mounts", "sweep"]
 
 PREFIX: Final = "coordlib-nemesis"
 _TAG: Final = re.compile(rf"{PREFIX}-(\d+)-(\d+)")
+_NEW_MOUNTS: Final = 0x00020000
+_SLAVES_BELOW: Final = 0x4000 | 0x80000
 COMMAND_SECONDS_MAX: Final = 30.0
 
 
@@ -64,6 +67,18 @@ def _started(pid: int) -> str:
 def _is_left_behind(name: str) -> bool:
     found = _TAG.match(name)
     return found is not None and _started(int(found[1])) != found[2]
+
+
+def own_mounts() -> None:
+    """
+    Give this process, and those it starts, mounts of their own, if it may.
+
+    Others do not see what is mounted from now on, so a mount namespace that one of them makes does not keep a
+    filesystem alive that lost its power here; and no mount outlives the run. What others unmount goes here too.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_NEW_MOUNTS) == 0:
+        libc.mount(None, b"/", None, _SLAVES_BELOW, None)
 
 
 class Workspace:
@@ -117,6 +132,10 @@ def _take_away(tag: str, directory: Path) -> None:
         # Lazily if need be: a killed process may still be about to let go of it.
         if subprocess.run(["umount", mounted], capture_output=True, check=False).returncode != 0:
             _run("umount", "-l", mounted)
+    for line in _run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").splitlines():
+        device, _, file = line.partition(" ")
+        if file.strip().startswith(f"{directory}/"):
+            _run("losetup", "--detach", device)
     shutil.rmtree(directory, ignore_errors=True)
 
 
