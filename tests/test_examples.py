@@ -48,6 +48,7 @@ def test_every_example_is_tested_here() -> None:
         "client_worker.py",
         "orders_service.py",
         "quickstart.py",
+        "test_orders_under_faults.py",
     ]
 
 
@@ -60,6 +61,25 @@ def test_asyncio_service_never_sells_what_is_not_there() -> None:
     out = run("asyncio_service.py")
     assert "60 of 100 left" in out
     assert "as expected" in out
+
+
+def test_orders_under_faults_finds_the_careless_shop_and_lets_the_careful_one_pass() -> None:
+    """As a project that has coordlib installed runs it: the plugin is found by its entry point."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"),
+            *("--rootdir", str(EXAMPLES), "-c", os.devnull),
+            str(EXAMPLES / "test_orders_under_faults.py"),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "11 passed" in done.stdout
+    assert "simulated with seed" in done.stdout  # that of the careless one
 
 
 def test_pre_fork_workers_attach_each_for_itself(solo: Members) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import coordlib
-from coordlib.testing import NotSimulated, Simulation, SimulationFailed, simulate
+from coordlib.testing import FAULT_KINDS, NotSimulated, Simulation, SimulationFailed, simulate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Log = list[Any]
@@ -256,7 +256,7 @@ def test_a_crash_ends_an_application_where_it_stands_and_a_restart_begins_it_ane
     def main(cluster: coordlib.Cluster) -> None:
         log.append("began")
         try:
-            time.sleep(100)
+            time.sleep(20)
             log.append("slept")
         finally:
             log.append("finally")
@@ -265,10 +265,10 @@ def test_a_crash_ends_an_application_where_it_stands_and_a_restart_begins_it_ane
         application = sim.start("n1", main)
         sim.run(10)
         sim.crash("n1")
-        sim.run(200)
+        sim.run(40)
         assert log == ["began"]
         sim.restart("n1")
-        sim.run_until(lambda: application.is_done, seconds=200)
+        sim.run_until(lambda: application.is_done, seconds=40)
         assert log == ["began", "began", "slept", "finally"]
         assert application.starts == 2
     assert log == ["began", "began", "slept", "finally", "finally"]
@@ -376,6 +376,68 @@ def test_an_application_is_restarted_as_by_a_supervisor_when_asked_to() -> None:
             sim.run_until(lambda: application.is_done, seconds=30)  # noqa: B023  # used at once
             assert application.result == "third"
         assert sim.applications["n1"].starts == 3
+
+
+FAULTS = [kind for kind in FAULT_KINDS if kind not in ("wipe", "swap")]
+
+
+def test_drawn_faults_repeat_too_and_nothing_is_lost_or_done_twice() -> None:
+    """Crashes, cuts, pauses, disks: the increments under the lock are as many as the log says."""
+
+    def run(seed: int) -> tuple[Log, str, int]:
+        log: Log = []
+
+        def count(cluster: coordlib.Cluster) -> None:
+            numbers = cluster.map("numbers")
+            while True:
+                try:
+                    with cluster.lock("door", timeout=5) as grant:
+                        number = numbers.get("n", 0)
+                        numbers.put("n", number + 1, guard=grant)
+                        log.append(number)
+                except coordlib.CoordError as error:
+                    log.append(type(error).__name__)
+                time.sleep(0.5)
+
+        with Simulation(seed, faults=FAULTS, fault_seconds=15, session_ttl=2, request_timeout=2) as sim:
+            for name in ("n1", "n2", "worker"):
+                sim.start(name, count)
+            sim.run(15)
+            sim.heal()
+            before = len(log)
+            sim.run(8)
+            assert len(log) > before
+            assert sim.faults.total() > 0
+            return log, sim.digest(), sum(application.starts for application in sim.applications.values())
+
+    first, second = run(11), run(11)
+    assert first == second
+    log, _, starts = first
+    numbers = [entry for entry in log if isinstance(entry, int)]
+    assert numbers == sorted(set(numbers))
+    assert starts > 3, "no process was restarted"
+
+
+def test_the_kinds_of_faults_can_be_chosen() -> None:
+    with Simulation(12, faults=["kill_leader"], fault_seconds=20) as sim:
+        application = sim.start("worker", lambda cluster: time.sleep(25))
+        sim.run_until(lambda: application.is_done, seconds=60)
+        assert set(sim.faults) == {"kill_leader"}
+    for wrong in ("some", ["kill_leader", "lightning"]):
+        with pytest.raises(coordlib.ConfigError):
+            Simulation(faults=wrong)
+
+
+def test_a_process_that_was_crashed_by_hand_stays_down_until_it_is_brought_back() -> None:
+    """Also while drawn faults end and restart others."""
+    with Simulation(13, faults=["kill_leader"], fault_seconds=30) as sim:
+        sim.start("worker", lambda cluster: time.sleep(1000))
+        for name in ("n3", "worker"):
+            sim.crash(name)
+        sim.run(20)
+        assert not sim.is_up("n3") and not sim.is_up("worker")
+        sim.heal()
+        assert sim.is_up("n3") and sim.is_up("worker")
 
 
 # -- failures --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -35,10 +36,15 @@ from coordlib.testing.simulation.world import World
 
 __all__ = ["Application", "Simulation", "SimulationFailed", "Summary", "simulate"]
 
+log = logging.getLogger("coordlib")
 POLL_SECONDS: Final = 0.005
 BEGIN_MS: Final = 3000  # without faults: the cluster forms first
 RESTART_MS: Final = 1000
 RESTART_MS_MAX: Final = 4000
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _kinds(faults: str | Iterable[str]) -> list[str]:
@@ -340,7 +346,9 @@ class Simulation:
             failure = self._forgotten_failure()
         elif not isinstance(error, SimulationFailed):
             error.add_note(self._where())
+        log.addFilter(_nothing)  # what code says while it is unwound did not happen in the simulation
         left = self._scheduler.end()
+        log.removeFilter(_nothing)
         self._surroundings.close()
         if failure is None and left and error is None:
             failure = self._failure(f"code that catches everything could not be ended: {', '.join(left)}")

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextvars
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 
@@ -172,14 +173,19 @@ class SimulatedEventLoop(asyncio.BaseEventLoop):
 
     def _drop_tasks(self) -> None:
         """The simulation is over: tasks end where they stand, as with a process that is killed."""
-        for task in list(self._unfinished):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            coroutine = task.get_coro()
-            try:
-                if coroutine is not None:
-                    coroutine.close()
-            except BaseException:
-                pass  # it wanted to go on waiting
+        with warnings.catch_warnings():
+            # What they wanted to await yet, and cannot any more.
+            warnings.filterwarnings(
+                "ignore", message="coroutine .* was never awaited", category=RuntimeWarning
+            )
+            for task in list(self._unfinished):
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                coroutine = task.get_coro()
+                try:
+                    if coroutine is not None:
+                        coroutine.close()
+                except BaseException:
+                    pass  # it wanted to go on waiting
         for _, task in self._failed:
             task._log_traceback = False
         self._unfinished.clear()
