@@ -242,7 +242,7 @@ class Simulation:
     While it is entered, the standard library's clocks, sleeps, locks and threads work in simulated time for
     the applications' code (`coordlib.testing.simulation.standard`), and as ever for everybody else.
 
-    .. versionadded:: 0.2
+    .. versionadded:: 0.1
     """
 
     def __init__(
