@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench simulate kill9 nemesis clean
+.PHONY: demo test lint bench simulate kill9 nemesis powercuts clean
 
 demo: $(STAMP)
 	@$(PY) -m coordlib.cli demo
@@ -28,6 +28,11 @@ simulate: $(STAMP)
 
 kill9: $(STAMP)
 	$(PY) benchmarks/kill9.py
+
+# The log on a real file system whose power is cut. Only as root.
+CUTS ?= 1000
+powercuts: $(STAMP)
+	$(PY) benchmarks/powercuts.py --cuts $(CUTS)
 
 # Real faults on real processes; all of them only as root. docs/nemesis.md
 nemesis: $(STAMP)
