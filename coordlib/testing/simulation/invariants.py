@@ -427,6 +427,13 @@ class Invariants:
         log = raft.log
         before = max(life.commit, log.start_index)
         is_first = False
+        terms = self._disks[name].terms
+        for index in range(life.commit + 1, before + 1):
+            # Committed and compacted in one round. Commands were seen when they were applied; a no-op was not.
+            term = terms.get(index)
+            if term is not None and index not in self.committed:
+                _, kind, data = self._entries[(index, term)]
+                is_first |= self._note_committed(name, raft.term, Entry(term, index, kind, data))
         for entry in log.slice(before, commit):
             is_first |= self._note_committed(name, raft.term, entry)
         if is_first and raft.is_leader:
