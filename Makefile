@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench simulate kill9 nemesis powercuts clean
+.PHONY: demo test lint bench simulate mutants kill9 nemesis powercuts clean
 
 demo: $(STAMP)
 	@$(PY) -m coordlib.cli demo
@@ -25,6 +25,10 @@ SEEDS ?= 1000
 TWICE ?= 40
 simulate: $(STAMP)
 	$(PY) -m coordlib.testing.simulation --seeds $(SEEDS) --twice $(TWICE)
+
+# A hundred planted bugs, one at a time, until the simulator notices each. Hours; docs/planted-bugs.md
+mutants: $(STAMP)
+	$(PY) -m tests.mutants
 
 kill9: $(STAMP)
 	$(PY) benchmarks/kill9.py
