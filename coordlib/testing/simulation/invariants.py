@@ -96,7 +96,9 @@ class _Disk:
 
     def __init__(self) -> None:
         self.hard_state = HardState(0, "")
-        self.forgotten = 0  # it had been told up to here before a fault damaged it; a leader may believe so still
+        self.forgotten = (
+            0  # it had been told up to here before a fault damaged it; a leader may believe so still
+        )
         self.base = 0  # a snapshot stands for everything up to here
         self.terms: dict[int, int] = {}  # index -> term
         self.last = 0
@@ -386,12 +388,18 @@ class Invariants:
             if not life.was_leader:
                 life.was_leader = True
                 self._elected(process)
+            term_at = raft.log.term_at
             for peer in raft._peers:
-                disk = self._disks[peer.node_id]
-                if peer.match > disk.last and peer.match > disk.base and peer.match > disk.forgotten:
+                match, disk = peer.match, self._disks[peer.node_id]
+                # A follower of a later term may have replaced what a deposed leader still counts on.
+                if match <= disk.forgotten or match <= disk.base or disk.hard_state.term > term:
+                    continue
+                held, expected = disk.terms.get(match), term_at(match)
+                if held is None or (held != expected and expected >= 0):  # below 0: compacted here
                     raise Violation(
                         "match index",
-                        f"{process.name} believes that {peer.node_id} has entry {peer.match}, its disk ends at {disk.last}",
+                        f"{process.name} believes that {peer.node_id} has entry {match} of term {expected}, "
+                        f"its disk has {held}",
                     )
         elif life.was_leader:
             life.was_leader = False
