@@ -32,9 +32,33 @@ from coordlib.testing.simulation.workload.site import Marks, PromiseBroken, Serv
 from coordlib.testing.simulation.workload.tickets import Tickets
 from coordlib.testing.simulation.world import World
 
-__all__ = ["SERVICES", "Load", "Marks", "PromiseBroken", "Service", "Workload", "draw_load"]
+__all__ = ["SERVICES", "SOMETIMES", "Load", "Marks", "PromiseBroken", "Service", "Workload", "draw_load"]
 
 SERVICES: Final[tuple[type[Service], ...]] = (Registers, Locks, Counters, Inserts, Groups, Tickets)
+
+SOMETIMES: Final[dict[str, str]] = {
+    "acquire_granted_after_waiting": "a waiter got its lock",
+    "acquire_refused_at_once": "a lock that was held was refused to who would not wait",
+    "acquire_timed_out": "a waiter gave up, and its request was withdrawn",
+    "cancelled_operation": "a task was cancelled while its operation was under way",
+    "cas_failed": "a compare-and-set found another value",
+    "error_commit-timeout": "no answer came in time to what had been sent",
+    "error_no-quorum": "no leader could be asked",
+    "grant_lost": "a holder found that its session had run out",
+    "guard_refused": "a write with the token of a released grant was refused",
+    "holder_crashed": "a process ended while it held a lock",
+    "increment_refused": "two counted from the same number, and one was refused",
+    "popitem_of_nothing": "somebody tried to take from an empty map",
+    "scan_of_several_pages": "a scan needed more than one page",
+    "session_expired_with_retry": "a session ended under a command that had been sent",
+    "session_lost": "a session ended, and its process noticed",
+    "session_suspended": "a process heard nothing of the cluster for half of its session's TTL",
+    "stale_read_answered": "a stale read was answered with a value",
+    "stale_write_refused": "a write with the token of a lost grant was refused",
+    "unknown_outcome_later_seen": "a write of unknown outcome had happened, as somebody read later",
+    "withdrawn_acquire_granted_later_released": "a lock was granted to who had given up, and was taken back",
+}
+"""Marks that a workload hits in many seeds, by name, in words; see `coordlib.testing.simulation.marks`."""
 
 ATTEMPTS_MAX: Final = 3
 
