@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ RUNS = {
     "healthy": ("--faults", "kill-leader,pause,cut-two-way", "--seed", "3"),
     "sabotaged": ("--faults", "cut-two-way", "--sabotage", "lost-write,stale-read,two-holders,no-effect"),
 }
+IS_REQUIRED = os.environ.get("COORDLIB_REQUIRE_FAULTS") == "1"
+if IS_REQUIRED:
+    RUNS["no-fsync"] = ("--faults", "power-cut-all", "--sabotage", "no-fsync")
 
 
 class _Done(NamedTuple):
@@ -72,6 +76,15 @@ def test_a_lost_write_a_stale_read_two_holders_and_an_idle_fault_are_found(runs:
         f"{name}.log" for name in ("c1", "c2", "n1", "n2", "n3")
     ]
     assert (evidence / "data" / "n1" / "identity").exists()
+
+
+@pytest.mark.skipif(not IS_REQUIRED, reason="power cuts need root: COORDLIB_REQUIRE_FAULTS=1 demands them")
+def test_a_power_cut_after_an_fsync_that_did_nothing_is_found(runs: dict[str, _Done]) -> None:
+    """So a power cut cuts: what the same run without sabotage keeps was kept by fsync alone."""
+    code, text, _ = runs["no-fsync"]
+    assert code == 1, text
+    assert "fault power-cut-all" not in text
+    assert "VIOLATION" in text
 
 
 def test_what_cannot_be_done_is_refused_in_words(tmp_path: Path) -> None:

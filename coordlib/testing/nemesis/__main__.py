@@ -19,7 +19,7 @@ from pathlib import Path
 from coordlib.testing.nemesis import capabilities
 from coordlib.testing.nemesis.disks import DiskError
 from coordlib.testing.nemesis.faults import FAULTS
-from coordlib.testing.nemesis.run import NO_EFFECT, Outcome, Settings, run
+from coordlib.testing.nemesis.run import NO_FSYNC, OWN_SABOTAGES, Outcome, Settings, run
 from coordlib.testing.nemesis.work import SABOTAGES
 from coordlib.testing.nemesis.workspace import CommandError, Workspace, own_mounts
 
@@ -96,7 +96,7 @@ async def _main(options: argparse.Namespace, workspace: Workspace) -> int:
     for stopping in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(stopping, task.cancel)
     asked = _chosen(options.faults, list(FAULTS), "fault")
-    sabotage = _chosen(options.sabotage, [*SABOTAGES, NO_EFFECT], "sabotage")
+    sabotage = _chosen(options.sabotage, [*SABOTAGES, *OWN_SABOTAGES], "sabotage")
     network = options.network
     is_required = options.require == "all" or os.environ.get("COORDLIB_REQUIRE_FAULTS") == "1"
     wanted = [
@@ -104,6 +104,7 @@ async def _main(options: argparse.Namespace, workspace: Workspace) -> int:
         for what in capabilities.ALL
         if is_required
         or (what == capabilities.NAMESPACES and network != "proxy")
+        or (what == capabilities.SHIM and NO_FSYNC in sabotage)
         or what in {FAULTS[name].needs for name in asked or FAULTS}
     ]
     missing = {what: why for what, why in (await capabilities.find(workspace, wanted)).items() if why}

@@ -199,8 +199,9 @@ class Fleet:
         for name, one in stats.items():
             if one.get("role") == "leader":
                 other = self.leader_by_term.setdefault(one["term"], name)
-                if other != name:
-                    self.violations.append(f"term {one['term']} has two leaders: {other} and {name}")
+                violation = f"term {one['term']} has two leaders: {other} and {name}"
+                if other != name and violation not in self.violations:
+                    self.violations.append(violation)
 
     @property
     def leaders_seen(self) -> int:

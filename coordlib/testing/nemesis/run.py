@@ -26,7 +26,7 @@ from coordlib.testing.nemesis.shim import Shim, build
 from coordlib.testing.nemesis.verdict import Contents, judge, read_back
 from coordlib.testing.nemesis.workspace import Workspace
 
-__all__ = ["Outcome", "Settings", "run"]
+__all__ = ["OWN_SABOTAGES", "Outcome", "Settings", "run"]
 
 CLIENTS: Final = ("c1", "c2")
 QUIET_SECONDS: Final = (0.2, 0.8)
@@ -34,6 +34,9 @@ OVERTIME_SECONDS: Final = 240.0
 PROGRESS_SECONDS_MAX: Final = 30.0
 PROGRESS_LEAST: Final = 5
 NO_EFFECT: Final = "no-effect"
+NO_FSYNC: Final = "no-fsync"
+OWN_SABOTAGES: Final = (NO_EFFECT, NO_FSYNC)
+"""What a run itself can be told to do wrong: network faults that do nothing, fsync that does nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +142,11 @@ async def _fleet(
         CLIENTS,
         shims,
         chance=random.Random(chance.randrange(1 << 62)),
-        sabotage=[how for how in settings.sabotage if how != NO_EFFECT],
+        sabotage=[how for how in settings.sabotage if how not in OWN_SABOTAGES],
     )
+    if NO_FSYNC in settings.sabotage:
+        for shim in shims.values():
+            shim.set("sync_errno", -1)
     try:
         await network.open()
         for disk in disks.values():
