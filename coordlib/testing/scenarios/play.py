@@ -176,13 +176,13 @@ class Play:
         ]
         if "term" in options:
             found = [x for x in found if getattr(x.message, "term", None) == int(options["term"])]
+        if not found and not may_be_none:
+            raise ScenarioError(f"no {kind or 'message'} from {sender} to {receiver} is under way")
         if rest:
             found = found[-1:] if rest[0] == "last" else found[: int(rest[0])]
             wanted = 1 if rest[0] == "last" else int(rest[0])
             if len(found) < wanted and not may_be_none:
                 raise ScenarioError(f"there are only {len(found)} such messages under way")
-        if not found and not may_be_none:
-            raise ScenarioError(f"no {kind or 'message'} from {sender} to {receiver} is under way")
         return found
 
     # -- setting the stage
@@ -336,14 +336,6 @@ class Play:
         offset = {"first": len(content) // 4, "middle": len(content) // 2, "last": len(content) - 1}[place]
         disk.flip_bit(paths[-1], offset, 2)
         self.stage.damaged.add(name)
-
-    def do_cut_tail(self, words: list[str], options: dict[str, str]) -> None:
-        """`cut-tail n1 BYTES`: zeros where the last bytes of the newest log were."""
-        disk = self.stage.disks[words[0]]
-        path = [path for path in disk.paths() if path.endswith(".log")][-1]
-        content = disk.content(path).rstrip(b"\0")
-        disk.overwrite(path, len(content) - int(words[1]), bytes(int(words[1])))
-        self.stage.damaged.add(words[0])
 
     def do_fail(self, words: list[str], options: dict[str, str]) -> None:
         """`fail n1 OPERATION [always]`: the next one fails with an input/output error."""
