@@ -99,7 +99,7 @@ FAULT_KINDS: Final[dict[str, _Kind]] = {
     "fsync_fails": _Kind("a sync fails, and what was to be synced is gone", 100, 4000),
     "write_fails": _Kind("a write fails halfway", 100, 4000),
     "read_fails": _Kind("a read fails at a restart", 100, 2000),
-    "disk_full": _Kind("a disk is full", 500, 6000),
+    "disk_full": _Kind("a disk is full", 2000, 20_000),
     "slow_disk": _Kind("every write takes long", 500, 10_000),
     "bit_rot": _Kind("a file of a member that is down changes", 100, 4000, 3),
     "latent_rot": _Kind("a file changes that is not being written, unnoticed", 100, 4000, 3),
@@ -700,7 +700,7 @@ class FaultInjector:
         if member is None or member.name in self._rotten:
             return False
         disk = member.fs
-        disk.capacity = disk.used() + chance.randint(0, 6000)
+        disk.capacity = disk.used() + chance.choice((0, 0, 0, 500, 5000))
         self._arm(fault, member, StartError)
         self._later(fault.duration_ms, self._free_space, disk)
         return False

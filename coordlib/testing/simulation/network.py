@@ -199,8 +199,10 @@ class SimulatedTransport:
                 world.counts["frames_late"] += 1
                 self._receive(event)
             return
-        if (world.blocked and wire.pairs[direction] in world.blocked) or (
-            process.is_paused and len(self.inbox) >= INBOX_MAX
+        if (
+            (world.blocked and wire.pairs[direction] in world.blocked)
+            or wire.held[direction]  # behind those that came before
+            or (process.is_paused and self.is_full)
         ):
             wire.held[direction].append(event)
             world.held[wire] = None
@@ -209,6 +211,11 @@ class SimulatedTransport:
         wire.under_way[direction] -= 1
         self.inbox.append(event)
         process.wake()
+
+    @property
+    def is_full(self) -> bool:
+        """Its process stands still, and takes in no more."""
+        return self.process.is_paused and len(self.inbox) >= INBOX_MAX
 
     def let_through(self, wire: Wire, direction: int) -> None:
         """What was held arrives at once, in order."""

@@ -329,7 +329,7 @@ class World:
             for direction, receiver in enumerate((wire.listener, wire.link.dialer)):
                 if not wire.held[direction] or not receiver.process.is_up:
                     continue
-                if wire.pairs[direction] in self.blocked or receiver.process.is_paused:
+                if wire.pairs[direction] in self.blocked or receiver.is_full:
                     is_left = True
                 else:
                     receiver.let_through(wire, direction)
