@@ -287,6 +287,8 @@ class MemberKernel:
             self._pending_identity = result
         elif result is not None:
             self._send(name, result)
+        if message.wants_answer and self.is_formed:
+            self._announce(name)
         if self.raft is not None and self.peers.known[name].is_trusted:
             if message.remembered_index:
                 self.raft.bar_until(message.remembered_term, message.remembered_index)
@@ -484,10 +486,11 @@ class MemberKernel:
             self._late_ms = 0
             # Followers saw those disks too; should the leader change before it has logged them, the next one does.
             del self.peers.to_record[:-64]
+        for name, peer in self.peers.known.items():
+            # Until it is heard: a single frame may be lost, and without it nothing of a peer is believed.
+            if peer.is_up and (not self.is_formed or self.peers.is_unheard(name)):
+                self._announce(name)
         if not self.is_formed:
-            for name, peer in self.peers.known.items():
-                if peer.is_up:
-                    self._announce(name)
             # At the second round at the earliest: at the first, with which a node begins, nobody has answered.
             found = self.peers.try_to_bootstrap()
             if found is not None:

@@ -101,7 +101,13 @@ class Peers:
             known_disks=disks,
             remembered_term=remembered[0],
             remembered_index=remembered[1],
+            wants_answer=self.is_unheard(name),
         )
+
+    def is_unheard(self, name: str) -> bool:
+        """This node belongs to a cluster, and the peer has not announced yet that it does too."""
+        announce = self.known[name].announce
+        return self.is_formed and (announce is None or not announce.cluster_uuid)
 
     def heard(self, name: str, announce: Announce) -> Refusal | Form | DiskIdentity | None:
         """

@@ -95,6 +95,7 @@ class Announce(NamedTuple):
     known_disks: tuple[tuple[str, bytes], ...]  # node id -> disk id as known here; empty = not yet seen
     remembered_term: int  # what this node remembers the *receiver's* disk to have acknowledged; 0, 0 = none
     remembered_index: int
+    wants_answer: bool  # the sender has not heard from the receiver's disk yet: what was announced was lost
 
 
 class Form(NamedTuple):

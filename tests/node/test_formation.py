@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from coordlib.errors import StartError
 from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.processes import MemberProcess
 from coordlib.testing.simulation.world import World
-from coordlib.wire.messages import Refusal
+from coordlib.wire.messages import Announce, Refusal
 
 PATIENCE_MS = 15_000
 
@@ -51,6 +52,31 @@ def test_empty_members_form_one_cluster(count: int) -> None:
         assert len(formed(world)) == 1
         disks = {dict(p.kernel.peers.disks)[name] for p in world.up_members for name in world.members}
         assert len(disks) == count
+
+
+@pytest.mark.parametrize("sender", ["n1", "n2", "n3"])
+def test_a_member_whose_word_was_lost_is_asked_again(world: World, sender: str) -> None:
+    """One frame may be lost or damaged without its connection; found by seed 91, in which one was."""
+    lost = []
+
+    def lossy(process: MemberProcess) -> None:
+        send = process._links.send
+
+        def send_most(name: str, messages: Sequence[tuple[int, Any]], **more: Any) -> bool:
+            if any(isinstance(m, Announce) and m.cluster_uuid for _, m in messages) and name not in lost:
+                lost.append(name)
+                return True
+            return bool(send(name, messages, **more))
+
+        process._links.send = send_most
+
+    world.start_all()
+    lossy(world.member(sender))
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    assert sorted(lost) == [name for name in world.members if name != sender]
+    world.run(3000)
+    for process in world.up_members:
+        assert all(peer.is_trusted for peer in process.kernel.peers.known.values())
 
 
 def test_nothing_forms_while_one_member_is_missing(world: World) -> None:

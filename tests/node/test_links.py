@@ -292,7 +292,7 @@ def test_a_connection_that_comes_up_anew_without_a_word_of_its_loss_starts_over(
     """Nothing is sent on the session that the new greeting has forgotten."""
     connected(bench)
     bench.receive(ConnectionUp(1))
-    assert [("up", "n2"), ("down", "n2")] == bench.ears.calls
+    assert bench.ears.calls == [("up", "n2"), ("down", "n2")]
     assert not bench.links.send("n2", [(0, StatusQuery(1))])
 
 
