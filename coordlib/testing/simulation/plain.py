@@ -1,9 +1,10 @@
 """Connections whose seals are checksums: all of production's channel code without the price of its cipher.
 
 Handshakes, sessions, key ids, counters and replay windows are those of production. Only the cipher is not:
-the plaintext stays as it is, and what would be its authentication tag is a checksum over the same nonce, the
-same additional data and the message. It stops what a seal must stop here (damage, replays, frames of other
-sessions and of other clusters), and nobody who would forge it, of whom there are none in a simulation.
+the plaintext stays as it is, and what would be its authentication tag is a checksum over the message and the
+additional data, which name the session, the two ends, the direction and the message's number. It stops what a
+seal must stop here (damage, replays, frames of other sessions and of other clusters), and nobody who would forge
+it, of whom there are none in a simulation.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ CLUSTER: Final = "simulated"
 
 
 def _encrypt(nonce: bytes, data: bytes, aad: bytes) -> bytes:
-    return data + crc32(data, crc32(aad, crc32(nonce))).to_bytes(TAG_SIZE, "big")
+    return data + crc32(data, crc32(aad)).to_bytes(TAG_SIZE, "big")
 
 
 def _decrypt(nonce: bytes, data: bytes, aad: bytes) -> bytes:
     plaintext = bytes(data[:-TAG_SIZE])
-    if crc32(plaintext, crc32(aad, crc32(nonce))).to_bytes(TAG_SIZE, "big") != data[-TAG_SIZE:]:
+    if crc32(plaintext, crc32(aad)).to_bytes(TAG_SIZE, "big") != data[-TAG_SIZE:]:
         raise InvalidTag
     return plaintext
 
