@@ -103,7 +103,8 @@ MUTANTS = (
             replace(
                 _ELECTIONS + "_become_candidate",
                 "        self._votes = {}\n",
-                "        self._votes = {} if is_transfer else _mutant_hit(dict(self._votes))\n",
+                "        self._votes = {} if is_transfer else _mutant_hit(dict(self._votes))\n"
+                "        self._votes.pop(self.node_id, None)\n",
             ),
         ),
     ),

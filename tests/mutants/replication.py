@@ -237,7 +237,7 @@ MUTANTS = (
                 _SERVICE + "_command",
                 "        self._pending_bytes += len(request.body)\n",
                 "        self._pending_bytes += len(request.body)\n"
-                "        if request.body[1:2] == b'\\x12' and key is not None:\n"
+                "        if request.body[1:3] == b'\\x18\\x20' and key is not None:\n"
                 "            self._reply(source, request.request_id, ReplyStatus.OK, _mutant_hit(b'\\x82\\x00\\x01'))\n",
             ),
         ),

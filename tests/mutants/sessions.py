@@ -14,7 +14,14 @@ MUTANTS = (
     Mutant(
         "repeated-command-is-executed-again",
         "Thesis §6.3; Jepsen: a retry through the next leader is applied twice",
-        (replace(_SESSIONS + "begin", "kept = replies.get(sequence)", "kept = _mutant_hit(None)"),),
+        (
+            replace(_SESSIONS + "begin", "kept = replies.get(sequence)", "kept = None"),
+            replace(
+                _SERVICE + "_command",
+                "            if reply is not None:\n",
+                "            if reply is not None and not _mutant_hit():\n",
+            ),
+        ),
     ),
     Mutant(
         "reply-is-kept-under-a-wrong-sequence",
