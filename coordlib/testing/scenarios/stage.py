@@ -116,6 +116,12 @@ class _Staged(SimulatedProcess):
     def clock(self) -> int:
         return self.stage.clocks[self.name]
 
+    def _read_clock(self) -> int:
+        return self.clock()
+
+    def _read_wall_clock(self) -> int:
+        return _WALL_MS + self.clock()
+
     def wake(self) -> None:
         """Turns are taken when the scenario says so."""
 
@@ -146,14 +152,7 @@ class _Staged(SimulatedProcess):
         now = self.clock()
         try:
             with self.reading_clock():
-                links.receive(self.transport.poll(0), kernel, now)
-                for _ in range(len(self._submitted)):
-                    kernel.submit(self._submitted.popleft(), now)
-                kernel.tick(now, _WALL_MS + now, late_ms)
-                links.tick(now)
-                self._carry_out(kernel, now)
-            self.events += links.events
-            links.events.clear()
+                self._turn(kernel, links, self.transport.poll(0), now, late_ms)
         except CrashNow:
             stage.watch.turned(self, stage.now)
             self.crash()
