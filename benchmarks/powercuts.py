@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -38,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, monotonic_ns, sleep
 from typing import Any, Final, NamedTuple
 
 # So that it also runs as a file, from anywhere.
@@ -62,6 +63,12 @@ LIFE_SECONDS_MAX: Final = 0.12
 START_SECONDS_MAX: Final = 20.0
 _SHUTDOWN: Final = 0x8004587D  # FS_IOC_SHUTDOWN, _IOR('X', 125, __u32)
 _WITHOUT_FLUSH: Final = 2  # FS_SHUTDOWN_FLAGS_NOLOGFLUSH
+_LOOP_CTL_GET_FREE: Final = 0x4C82
+_LOOP_CONFIGURE: Final = 0x4C0A  # since Linux 5.8
+_LO_FLAGS_AUTOCLEAR: Final = 4
+LOOP_ATTEMPTS_MAX: Final = 100
+_MS_PRIVATE_RECURSIVE: Final = (1 << 18) | (1 << 14)
+_MNT_DETACH: Final = 2
 _NEW_MOUNTS: Final = 0x00020000  # CLONE_NEWNS
 _WRITE_BACK: Final = 2 | 4  # SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -125,6 +132,8 @@ class Compact(NamedTuple):
 
 
 Call = Write | Snapshot | Compact
+Said = Call | int | str
+"""What a child says: a call it is about to make; at which nanosecond it had returned; "opened"."""
 
 
 class _Life:
@@ -283,7 +292,7 @@ def _write_on(directory: str, out: Connection, seed: int, sabotage: str) -> None
         for call in life.calls():
             out.send(call)
             call.do(storage)
-            out.send(None)
+            out.send(monotonic_ns())
     except (CoordError, OSError):
         # The file system is gone. Nothing more is said; the parent looks what is there.
         os._exit(0)
@@ -302,6 +311,7 @@ class _Machine:
         self._chance = chance
         self._sabotage = sabotage
         self._is_mounted = False
+        self._device = -1  # keeps the loop device, which frees itself
         self._child: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
         os.mkdir(self.root)
@@ -311,17 +321,24 @@ class _Machine:
         self.unmount()
         with open(self._image, "wb") as image:
             image.truncate(IMAGE_SIZE_BYTES)
-        _run("mkfs.ext4", "-q", "-F", self._image)
+        try:
+            subprocess.run(["mkfs.ext4", "-q", "-F", self._image], check=True, capture_output=True)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            raise Impossible(f"mkfs.ext4: {error}") from error
         self.mount()
 
     def mount(self) -> None:
-        _run("mount", "-o", "loop", self._image, self.root)
+        self._device, path = _attach(self._image)
+        _system("mount", path.encode(), self.root.encode(), b"ext4", 0, None)
         self._is_mounted = True
 
     def unmount(self) -> None:
         if self._is_mounted:
-            _run("umount", self.root)
+            _system("umount2", self.root.encode(), 0)
             self._is_mounted = False
+        if self._device >= 0:
+            os.close(self._device)
+            self._device = -1
 
     def start(self) -> None:
         """Start the child; the log is opened by it."""
@@ -332,7 +349,7 @@ class _Machine:
         self._child.start()
         theirs.close()
 
-    def listen(self, seconds: float) -> Iterator[Call | str | None]:
+    def listen(self, seconds: float) -> Iterator[Said]:
         """What the child says within that time, or until it ends."""
         assert self._pipe is not None
         end = monotonic() + seconds
@@ -344,13 +361,13 @@ class _Machine:
         except (EOFError, OSError):
             return  # it ended, in the middle of a message perhaps
 
-    def cut(self) -> list[Call | str | None]:
-        """Cut the power, end the child, restore the power. Returns the last it had said."""
+    def cut(self) -> tuple[list[Said], int]:
+        """Cut the power, end the child, restore the power. Returns the last it had said, and when the power went."""
         if self._chance.random() < 0.5:
             self._kill()
-            self._shut_down()
+            cut_ns = self._shut_down()
         else:
-            self._shut_down()
+            cut_ns = self._shut_down()
             self._kill()
         last = list(self.listen(START_SECONDS_MAX))
         assert self._pipe is not None and self._child is not None
@@ -359,7 +376,7 @@ class _Machine:
         self._child = None
         self.unmount()
         self.mount()
-        return last
+        return last, cut_ns
 
     def close(self) -> None:
         if self._child is not None:
@@ -371,21 +388,54 @@ class _Machine:
         self._child.kill()
         self._child.join()
 
-    def _shut_down(self) -> None:
+    def _shut_down(self) -> int:
+        """Returns the instant before."""
         descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
+            cut_ns = monotonic_ns()
             fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", _WITHOUT_FLUSH))
+            return cut_ns
         finally:
             os.close(descriptor)
 
 
-def _run(*command: str) -> None:
+def _system(name: str, *arguments: Any) -> None:
+    if getattr(_LIBC, name)(*arguments) != 0:
+        raise Impossible(f"{name}{arguments}: {os.strerror(ctypes.get_errno())}")
+
+
+def _attach(image: str) -> tuple[int, str]:
+    """
+    A loop device for a file, that is free again as soon as nobody has it open or mounted.
+
+    Not by mount(8) and losetup(8): those look for a device that has the file already, and find the one that
+    the unmounting before is just about to free.
+    """
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise Impossible(f"{command[0]} is not installed") from error
-    except subprocess.CalledProcessError as error:
-        raise Impossible(f"{' '.join(command)}: {error.stderr.strip()}") from error
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise Impossible(f"/dev/loop-control: {error.strerror}") from error
+    file = os.open(image, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for _ in range(LOOP_ATTEMPTS_MAX):
+            path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+            device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                # struct loop_config: fd, block size, struct loop_info64 (its flags at 52), 8 reserved numbers.
+                info = struct.pack("52xI176x", _LO_FLAGS_AUTOCLEAR)
+                fcntl.ioctl(device, _LOOP_CONFIGURE, struct.pack("II232s64x", file, 0, info))
+                return device, path
+            except OSError as error:
+                os.close(device)
+                if error.errno != errno.EBUSY:
+                    raise
+                # Somebody else took it between the two calls.
+    except OSError as error:
+        raise Impossible(f"no loop device: {error.strerror}") from error
+    finally:
+        os.close(file)
+        os.close(control)
+    raise Impossible("no loop device stays free long enough to take it")
 
 
 # -- what must be there --------------------------------------------------------------------------------------------
@@ -397,7 +447,7 @@ class _Cutting:
     def __init__(self, power: _Machine, chance: random.Random) -> None:
         self._power = power
         self._chance = chance
-        self.cuts = self.acknowledged = self.in_progress = self.torn = self.while_recovering = 0
+        self.cuts = self.acknowledged = self.in_progress = self.torn = self.while_recovering = self.late = 0
         self.violations: list[str] = []
         self._begin_anew()
 
@@ -409,56 +459,65 @@ class _Cutting:
     def strike(self) -> None:
         """One life of the child, its end, and what is there afterwards."""
         power, chance = self._power, self._chance
-        doing: Call | None = None
         power.start()
-        is_recovery_cut = chance.random() < 0.2
-        said: list[Any] = []
-        if is_recovery_cut:
+        said: list[Said] = []
+        if chance.random() < 0.2:
             said += power.listen(chance.uniform(0, 0.004))
         else:
             said += _until_opened(power)
             said += power.listen(chance.uniform(0, LIFE_SECONDS_MAX))
-        said += power.cut()
+        last, cut_ns = power.cut()
+        said += last
         self.cuts += 1
         self.while_recovering += "opened" not in said
+        uncertain: list[Call] = []
         for message in said:
-            if message is None:
-                assert doing is not None
-                doing.do(self._model)
-                doing = None
-                self.acknowledged += 1
-            elif message != "opened":
-                doing = message
-        self.in_progress += doing is not None
-        found = self._look(doing)
+            if isinstance(message, int):
+                # A shutdown takes milliseconds, and an fdatasync that returns in the midst of one may say "done"
+                # of what is lost. Measured on ext4 with a bare loop of pwrite and fdatasync, 500 cuts: of 45
+                # that returned after the shutdown had begun 31 had lost their data, of those before it none.
+                # In a real power failure there is nobody left to hear such an answer.
+                if message < cut_ns:
+                    (call,) = uncertain
+                    call.do(self._model)
+                    uncertain = []
+                    self.acknowledged += 1
+                else:
+                    self.late += 1
+            elif not isinstance(message, str):
+                uncertain.append(message)
+        self.in_progress += bool(uncertain)
+        found = self._look(uncertain)
         if found:
             self.violations.append(f"cut {self.cuts}: {found}")
             self._begin_anew()
 
-    def _look(self, doing: Call | None) -> str:
-        """Open what is left; what is wrong with it, or nothing."""
+    def _look(self, uncertain: list[Call]) -> str:
+        """Open what is left; what is wrong with it, or nothing. What was uncertain is there up to some call."""
         storage = _storage(PosixFileSystem(), self._power.directory)
         try:
             recovered = storage.open()
             self.torn += any("torn" in note for note in recovered.notes)
             found = _state(storage, recovered)
-            certain = self._certain()
-            if found != certain and doing is not None:
-                doing.do(self._model)
-                certain = self._certain() if found == self._certain() else certain
-            return "" if found == certain else _difference(found, certain)
         except CoordError as error:
             return f"{type(error).__name__}: {error}"
         finally:
             storage.close()
+        certain = state = self._certain()
+        for call in uncertain:
+            if found == state:
+                break
+            call.do(self._model)
+            state = self._certain()
+        return "" if found == state else _difference(found, certain)
 
     def _certain(self) -> dict[int, tuple[RecoveredGroup, bytes]]:
         self._model.close()
         return _state(self._model, self._model.open())
 
 
-def _until_opened(power: _Machine) -> list[Any]:
-    said = []
+def _until_opened(power: _Machine) -> list[Said]:
+    said: list[Said] = []
     for message in power.listen(START_SECONDS_MAX):
         said.append(message)
         if message == "opened":
@@ -515,14 +574,13 @@ def _own_mounts() -> Iterator[None]:
         raise Impossible("it takes Linux")
     if not os.path.exists("/dev/loop-control"):
         raise Impossible("there are no loop devices")
-    if _LIBC.unshare(_NEW_MOUNTS) != 0:
-        raise Impossible(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
-    _run("mount", "--make-rprivate", "/")
+    _system("unshare", _NEW_MOUNTS)
+    _system("mount", b"none", b"/", None, _MS_PRIVATE_RECURSIVE, None)
     # What others have mounted by loop would stay mounted here when they unmount it, and their image in use.
     with open("/proc/self/mounts", encoding="utf-8") as mounts:
         others = [line.split()[1] for line in mounts if line.startswith("/dev/loop")]
     for path in others:
-        _run("umount", "--lazy", path.replace("\\040", " "))
+        _system("umount2", path.replace("\\040", " ").encode(), _MNT_DETACH)
     yield
 
 
@@ -593,6 +651,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "within_a_call": cutting.in_progress,
         "before_open": cutting.while_recovering,
         "torn_tails": cutting.torn,
+        "said_too_late": cutting.late,
         "violations": len(cutting.violations),
         "sabotage": options.sabotage,
         "control_cuts": control_cuts,
