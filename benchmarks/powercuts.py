@@ -408,8 +408,8 @@ def _attach(image: str) -> tuple[int, str]:
     """
     A loop device for a file, that is free again as soon as nobody has it open or mounted.
 
-    Not by mount(8) and losetup(8): those look for a device that has the file already, and find the one that
-    the unmounting before is just about to free.
+    Not by mount(8): of two runs at once one was seen to mount what the other had shut down. Here the device is
+    held open from before it is given the file until after it is unmounted, so that nobody else can be given it.
     """
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
