@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from coordlib import cbor
 from coordlib.config import Timing
-from coordlib.errors import ClusterClosed, CoordError, StartError, invariant
+from coordlib.errors import ClusterClosed, CoordError, StartError, StorageCorrupt, invariant
 from coordlib.machine import Machine, commands
 from coordlib.machine.effects import MembersChanged
 from coordlib.machine.limits import Limits
@@ -38,7 +38,7 @@ from coordlib.raft.messages import (
     SnapshotMeta,
     VoteReply,
 )
-from coordlib.storage.base import DiskIdentity, Persist, RecoveredGroup
+from coordlib.storage.base import CORRUPT_REMEDY, DiskIdentity, Persist, RecoveredGroup
 from coordlib.wire.messages import (
     Announce,
     Form,
@@ -151,6 +151,7 @@ class MemberKernel:
         if recovered is not None:
             snapshot = recovered.snapshot or snapshot
             entries = recovered.entries
+            _check_recovered(hard_state, snapshot)
         timing = self._timing
         raft = RawNode(
             RaftConfig(
@@ -756,7 +757,7 @@ class MemberKernel:
 
     def chunk_failed(self, follower: str) -> None:
         assert self._senders is not None
-        self._senders.chunk_failed(follower)
+        self._senders.chunk_failed(follower, self._now)
 
     # -- status --------------------------------------------------------------------------------------------
 
@@ -815,6 +816,16 @@ class MemberKernel:
             session_counters=dict(self.session.counters),
         )
         return status
+
+
+def _check_recovered(hard_state: HardState, snapshot: SnapshotMeta) -> None:
+    if snapshot.term > hard_state.term:
+        # No snapshot is written before the term that it ends in is durable: what the storage took for the torn end of
+        # its log must have been more.
+        raise StorageCorrupt(
+            f"the log ends in term {hard_state.term}, before the snapshot at {snapshot.index} of term {snapshot.term}: "
+            f"the disk has lost acknowledged writes; {CORRUPT_REMEDY}"
+        )
 
 
 def _split(replies: list[Reply]) -> list[tuple[Reply, ...]]:

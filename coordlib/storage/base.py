@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from coordlib.raft.messages import Entry, HardState, SnapshotMeta
 
 __all__ = [
+    "CORRUPT_REMEDY",
     "FORMAT_VERSION",
     "DiskIdentity",
     "LogStorage",
@@ -32,6 +33,12 @@ __all__ = [
     "SnapshotReader",
     "SnapshotWriter",
 ]
+
+CORRUPT_REMEDY = (
+    "put it back from a copy made since this node stopped, or leave this member down: the others go on without it "
+    "while they are a majority. Do not empty the directory: a lost disk cannot rejoin under the same name"
+)
+"""Ends the message of every `StorageCorrupt`."""
 
 FORMAT_VERSION = 1
 """Disk: the format that this code writes. Everything older must stay readable (tests/storage/fixtures)."""

@@ -17,7 +17,7 @@ from zlib import crc32
 
 from coordlib import cbor
 from coordlib.errors import StartError, StorageCorrupt
-from coordlib.storage.base import FORMAT_VERSION, DiskIdentity
+from coordlib.storage.base import CORRUPT_REMEDY, FORMAT_VERSION, DiskIdentity
 from coordlib.storage.files import FileSystem
 
 __all__ = ["IDENTITY_NAME", "check_identity", "decode_identity", "read_identity", "write_identity"]
@@ -51,7 +51,7 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
         StorageCorrupt: Not what was written.
     """
     damaged = StorageCorrupt(
-        f"{path} is damaged: restore it from a back-up, or wipe the directory and let the node rejoin",
+        f"{path} is damaged; {CORRUPT_REMEDY}",
         path=path,
     )
     if len(data) < 20:

@@ -45,7 +45,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from coordlib.errors import StartError, StorageCorrupt, invariant
-from coordlib.storage.base import FORMAT_VERSION
+from coordlib.storage.base import CORRUPT_REMEDY, FORMAT_VERSION
 
 __all__ = [
     "BATCH_HEADER_SIZE",
@@ -157,7 +157,7 @@ def check_segment_header(data: bytes, disk_id: bytes, number: int, path: str) ->
     if found_id != disk_id or found_number != number:
         raise StorageCorrupt(
             f"{path} is segment {found_number} of disk {found_id.hex()}, not {number} of {disk_id.hex()}: "
-            "files were mixed up; put the right file back, or wipe the directory and let the node rejoin",
+            f"files were mixed up; {CORRUPT_REMEDY}",
             path=path,
         )
     return False

@@ -22,6 +22,7 @@ from zlib import crc32
 
 from coordlib.errors import StorageCorrupt
 from coordlib.raft.messages import Entry, HardState, SnapshotMeta
+from coordlib.storage.base import CORRUPT_REMEDY
 from coordlib.storage.files import FileSystem
 from coordlib.storage.records import (
     CHECKPOINT,
@@ -52,9 +53,6 @@ __all__ = [
 LAST_TERM = struct.Struct("<Q")
 LINK_CHECKSUM = struct.Struct("<I")
 _NO_STATE = HardState(0, "")
-_REMEDY = (
-    "restore the directory from a back-up of this node's stopped disk, or wipe it and let the node rejoin"
-)
 
 
 def segment_name(number: int) -> str:
@@ -103,7 +101,7 @@ class GroupLog:
             self.floor = entry.index - 1
             self.floor_term = -1
         else:
-            raise StorageCorrupt(f"entry {entry.index} follows entry {self.last_index}; {_REMEDY}")
+            raise StorageCorrupt(f"entry {entry.index} follows entry {self.last_index}; {CORRUPT_REMEDY}")
 
     def restart(self, index: int, term: int) -> None:
         self.entries.clear()
@@ -124,7 +122,7 @@ class GroupLog:
         if self.floor > index:
             raise StorageCorrupt(
                 f"group {group}: the log has lost its entries {index + 1} to {self.floor}, and no snapshot "
-                f"covers them; {_REMEDY}",
+                f"covers them; {CORRUPT_REMEDY}",
                 group=group,
                 index=index + 1,
             )
@@ -199,7 +197,7 @@ def replay(fs: FileSystem, directory: str, names: list[str], disk_id: bytes) -> 
             file.close()
         if not check_segment_header(data, disk_id, number, path):
             if not is_last or data[SEGMENT_HEADER_SIZE:].strip(b"\0"):
-                raise StorageCorrupt(f"{path}: its header is damaged; {_REMEDY}", path=path)
+                raise StorageCorrupt(f"{path}: its header is damaged; {CORRUPT_REMEDY}", path=path)
             # A header is durable before anything follows it: the crash came while this file was being made.
             obsolete.append(segment_name(number))
             notes.append(f"segment {number}: removed, its creation was interrupted")
@@ -210,7 +208,7 @@ def replay(fs: FileSystem, directory: str, names: list[str], disk_id: bytes) -> 
             if scan.is_proven or not is_last:
                 raise StorageCorrupt(
                     f"{path}: {scan.damage} at byte {scan.end}, but it had been acknowledged: "
-                    f"the disk returns other bytes than were written; {_REMEDY}",
+                    f"the disk returns other bytes than were written; {CORRUPT_REMEDY}",
                     path=path,
                     offset=scan.end,
                 )
@@ -221,9 +219,9 @@ def replay(fs: FileSystem, directory: str, names: list[str], disk_id: bytes) -> 
             )
             cut_at = scan.end
         elif not scan.batches and not is_last:
-            raise StorageCorrupt(f"{path}: empty, but a later segment exists; {_REMEDY}", path=path)
+            raise StorageCorrupt(f"{path}: empty, but a later segment exists; {CORRUPT_REMEDY}", path=path)
         if not scan.batches and not segments and number != 1:
-            raise StorageCorrupt(f"{path}: the segments before it are missing; {_REMEDY}", path=path)
+            raise StorageCorrupt(f"{path}: the segments before it are missing; {CORRUPT_REMEDY}", path=path)
         highest: dict[int, int] = {}
         checksum = seed
         for batch in scan.batches:
@@ -280,7 +278,7 @@ def _apply(
                 ):
                     raise StorageCorrupt(
                         f"segment {before[0].number} ends at byte {before[0].end}, but had been longer: "
-                        f"the disk has lost acknowledged writes; {_REMEDY}"
+                        f"the disk has lost acknowledged writes; {CORRUPT_REMEDY}"
                     )
             elif kind == CHECKPOINT and before is not None:
                 state = HardState(term, payload[8:].decode())
@@ -289,13 +287,15 @@ def _apply(
                 if not before:
                     groups[group] = GroupLog(index, last_term, state)
                 elif (log.hard_state, log.last_index) != (state, index):
-                    raise StorageCorrupt(f"group {group}: its checkpoint contradicts the log; {_REMEDY}")
+                    raise StorageCorrupt(
+                        f"group {group}: its checkpoint contradicts the log; {CORRUPT_REMEDY}"
+                    )
             elif kind == CLOSED:
                 is_closed = True
             else:
-                raise StorageCorrupt(f"record of unknown kind {kind}; {_REMEDY}")
+                raise StorageCorrupt(f"record of unknown kind {kind}; {CORRUPT_REMEDY}")
         if before is not None and not is_linked:
-            raise StorageCorrupt(f"the segment does not say what comes before it; {_REMEDY}")
+            raise StorageCorrupt(f"the segment does not say what comes before it; {CORRUPT_REMEDY}")
     except (StorageCorrupt, UnicodeDecodeError, struct.error) as exc:
         raise StorageCorrupt(
             f"{path}: batch {batch.sequence} at byte {batch.offset}: {exc}", path=path

@@ -42,6 +42,7 @@ from coordlib.errors import (
 )
 from coordlib.raft.messages import HardState, SnapshotMeta
 from coordlib.storage.base import (
+    CORRUPT_REMEDY,
     FORMAT_VERSION,
     DiskIdentity,
     Persist,
@@ -248,8 +249,7 @@ class SegmentStorage:
         found = replay(fs, directory, names, disk_id)
         if not found.segments:
             raise StorageCorrupt(
-                f"{directory}: has an identity but no log: put the missing *.log files back, or wipe the "
-                "directory and let the node rejoin",
+                f"{directory} has an identity but no log; {CORRUPT_REMEDY}",
                 path=directory,
             )
         groups: dict[int, RecoveredGroup] = {}
@@ -286,8 +286,7 @@ class SegmentStorage:
                 file.close()
             if not is_leftover:
                 raise StorageCorrupt(
-                    f"{directory} holds {name} but no identity: put the identity file back, or wipe the "
-                    "directory and let the node rejoin",
+                    f"{directory} holds {name} but no identity; {CORRUPT_REMEDY}",
                     path=directory,
                 )
 

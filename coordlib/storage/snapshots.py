@@ -31,7 +31,7 @@ from zlib import crc32
 from coordlib import cbor
 from coordlib.errors import StartError, StorageCorrupt, StorageFailed
 from coordlib.raft.messages import Configuration, SnapshotMeta
-from coordlib.storage.base import FORMAT_VERSION
+from coordlib.storage.base import CORRUPT_REMEDY, FORMAT_VERSION
 from coordlib.storage.files import File
 
 __all__ = ["SnapshotFileReader", "SnapshotFileWriter", "parse_snapshot_name", "snapshot_name"]
@@ -236,7 +236,7 @@ class SnapshotFileReader:
 
     def _damaged(self, what: str) -> StorageCorrupt:
         return StorageCorrupt(
-            f"{self._path}: {what}; wipe the directory and let the node rejoin, or restore the file",
+            f"{self._path}: {what}; {CORRUPT_REMEDY}",
             path=self._path,
         )
 

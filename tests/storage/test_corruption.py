@@ -44,7 +44,7 @@ def reopen(fs: SimulatedFileSystem) -> None:
 
 def assert_corrupt_and_untouched(fs: SimulatedFileSystem) -> None:
     before = {path: fs.content(path) for path in fs.paths()}
-    with pytest.raises(StorageCorrupt, match="wipe"):
+    with pytest.raises(StorageCorrupt, match="Do not empty the directory"):
         reopen(fs)
     assert before == {path: fs.content(path) for path in fs.paths()}
 
