@@ -24,9 +24,9 @@ from time import monotonic, process_time
 from typing import NamedTuple
 
 from coordlib.testing.simulation.invariants import Violation
-from coordlib.testing.simulation.marks import SOMETIMES, Marks
+from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import Plan, Reduction, draw_plan, loaded_plan
-from coordlib.testing.simulation.run import Report, simulate
+from coordlib.testing.simulation.run import MARKS, Report, simulate
 from coordlib.testing.simulation.shrink import shrink
 
 __all__ = ["Outcome", "main", "run_seeds"]
@@ -106,7 +106,7 @@ class _Sum:
     """What a campaign adds up to."""
 
     def __init__(self) -> None:
-        self.marks = Marks()
+        self.marks = Marks(MARKS)
         self.faults: Counter[str] = Counter()
         self.traces: dict[int, str] = {}
         self.failed: list[Outcome] = []
@@ -200,7 +200,7 @@ def _campaign(options: argparse.Namespace) -> int:
     missing = total.marks.missing()
     if missing and len(seeds) >= MARKS_FROM_SEEDS:
         for name in missing:
-            print(f"never occurred: {name} ({SOMETIMES.get(name, '')})")
+            print(f"never occurred: {name} ({MARKS[name]})")
         is_good = False
     if total.failed:
         print(f"{len(total.failed)} seeds failed: {sorted(outcome.seed for outcome in total.failed)}")

@@ -20,8 +20,9 @@ from unittest.mock import patch
 from coordlib.api.maps import _MapBase
 from coordlib.errors import InvariantViolation
 from coordlib.testing.history import HistoryWriter
+from coordlib.testing.simulation import marks, workload
 from coordlib.testing.simulation.choices import Choices
-from coordlib.testing.simulation.faults import FaultInjector
+from coordlib.testing.simulation.faults import Fault, FaultInjector
 from coordlib.testing.simulation.invariants import Invariants, Violation
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import Plan, draw_plan
@@ -29,13 +30,24 @@ from coordlib.testing.simulation.processes import MemberProcess, Process
 from coordlib.testing.simulation.workload import PromiseBroken, Workload
 from coordlib.testing.simulation.world import World
 
-__all__ = ["Report", "simulate"]
+__all__ = ["MARKS", "Report", "simulate"]
+
+MARKS = {**marks.SOMETIMES, **workload.SOMETIMES}
+"""Every situation that a campaign must have met, in words."""
 
 FORM_MS_MAX = 20_000
 CHECK_EVERY_MS = 50
 RECOVERY_MS_MAX = 15_000
 """Within this time after healing everybody gets an answer: ten of the longest election timeouts, and a session's TTL."""
 QUIET_MS_MAX = 20_000
+
+# What a run must have seen to be worth its time.
+SIMULATED_MS_MIN = 60_000
+OPERATIONS_MIN = 100
+FAULTS_MIN = 10
+LEADER_CHANGES_MIN = 2
+STIRS_MAX = 12
+STIR_MS = 2500
 
 
 @dataclass
@@ -55,14 +67,14 @@ class Report:
     @property
     def shortfall(self) -> str:
         """In what the run was too quiet to prove anything; empty if it was not."""
-        if self.simulated_ms < 60_000:
-            return f"{self.simulated_ms} ms simulated, 60,000 wanted"
-        if self.operations < 100:
-            return f"{self.operations} operations, 100 wanted"
-        if self.faults.total() < 10:
-            return f"{self.faults.total()} faults, 10 wanted"
-        if self.leader_changes < 2:
-            return f"{self.leader_changes} changes of leader, 2 wanted"
+        for value, least, what in (
+            (self.simulated_ms, SIMULATED_MS_MIN, "simulated ms"),
+            (self.operations, OPERATIONS_MIN, "operations"),
+            (self.faults.total(), FAULTS_MIN, "faults"),
+            (self.leader_changes, LEADER_CHANGES_MIN, "changes of leader"),
+        ):
+            if value < least:
+                return f"{value} {what}, {least} wanted"
         return ""
 
 
@@ -98,7 +110,7 @@ def _violation(run: _Run, check: str, message: str) -> Violation:
 class _Run:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.marks = Marks()
+        self.marks = Marks(MARKS)
         self.world = World(
             plan.seed,
             members=plan.members,
@@ -133,6 +145,7 @@ class _Run:
             self._boot()
             self.injector.schedule()
             self._go_on_until(plan.safety_ms)
+            self._stir()
             self._live_on()
             self._heal()
             return self._report()
@@ -150,6 +163,21 @@ class _Run:
 
     def _has_formed(self) -> bool:
         return all(process.kernel.has_usable_leader for process in self.world.up_members)
+
+    def _stir(self) -> None:
+        """Chance may have spared a cluster; a run in which little happened proves little."""
+        chance = Choices(self.plan.seed).stream("stir")
+        injector = self.injector
+        for _ in range(STIRS_MAX if self.plan.faults else 0):
+            if injector.applied.total() >= FAULTS_MIN and self._leader_changes >= LEADER_CHANGES_MIN:
+                return
+            fault = Fault(self.world.now, "kill_leader", chance.randrange(1 << 30), 300, 0.5)
+            injector.applied["kill_leader"] += injector.apply(fault)
+            self._go_on_until(self.world.now + STIR_MS)
+
+    @property
+    def _leader_changes(self) -> int:
+        return max(0, len(self.invariants.leaders) - 1)
 
     def _live_on(self) -> None:
         """Only a core majority is left, healed; the rest is gone for good."""
@@ -278,7 +306,7 @@ class _Run:
             seed=self.plan.seed,
             operations=self.workload.operations,
             faults=Counter(self.injector.applied),
-            leader_changes=max(0, len(self.invariants.leaders) - 1),
+            leader_changes=self._leader_changes,
             simulated_ms=world.now,
             marks=self.marks.counts,
             unknown_keys=len(self.verdict.unknown_keys),
