@@ -10,6 +10,7 @@ from coordlib.node.effects import (
     BeginSnapshot,
     CompactLog,
     DiskEffect,
+    EndTransfer,
     FinishSnapshot,
     SendChunk,
     WriteSnapshot,
@@ -67,6 +68,8 @@ class DiskAgent:
                 kernel.snapshot_stored(effect.origin, effect.meta)
             elif isinstance(effect, AbortSnapshot):
                 self._abort(effect.origin)
+            elif isinstance(effect, EndTransfer):
+                self._close_reader(effect.peer)
             else:
                 assert isinstance(effect, CompactLog)
                 self._storage.compact(GROUP, effect.up_to)
@@ -96,8 +99,6 @@ class DiskAgent:
             kernel.chunk_sent(effect.peer, chunk)
         else:
             kernel.chunk_failed(effect.peer)
-        if effect.offset + len(data) >= reader.size:
-            self._close_reader(effect.peer)
 
     def _close_reader(self, peer: str) -> None:
         reader = self._readers.pop(peer, None)

@@ -14,6 +14,7 @@ __all__ = [
     "CompactLog",
     "DiskEffect",
     "Effects",
+    "EndTransfer",
     "FinishSnapshot",
     "LogEvent",
     "SendChunk",
@@ -54,6 +55,12 @@ class SendChunk(NamedTuple):
     size: int
 
 
+class EndTransfer(NamedTuple):
+    """The snapshot that was being sent to this peer is not needed for it any more."""
+
+    peer: str
+
+
 class CompactLog(NamedTuple):
     """A snapshot covers everything up to and including `up_to`."""
 
@@ -61,7 +68,7 @@ class CompactLog(NamedTuple):
 
 
 DiskEffect: TypeAlias = (
-    BeginSnapshot | WriteSnapshot | FinishSnapshot | AbortSnapshot | SendChunk | CompactLog
+    BeginSnapshot | WriteSnapshot | FinishSnapshot | AbortSnapshot | SendChunk | EndTransfer | CompactLog
 )
 
 

@@ -17,6 +17,7 @@ from coordlib.node.effects import (
     AbortSnapshot,
     BeginSnapshot,
     DiskEffect,
+    EndTransfer,
     FinishSnapshot,
     LogEvent,
     SendChunk,
@@ -31,6 +32,9 @@ __all__ = ["SnapshotReceiver", "SnapshotSenders", "SnapshotTaker"]
 CHUNK_SIZE_BYTES: Final = 256 * 1024
 CHUNKS_IN_FLIGHT_MAX: Final = 4
 SILENCE_MS_MAX: Final = 10_000
+RETRY_MS: Final = 20
+"""How long a piece that could not be queued waits: reading it from the disk again at once would end in the same."""
+
 LOG_SIZE_BYTES_MAX: Final = 8 * 1024 * 1024
 LOG_ENTRIES_MAX: Final = 20_000
 ENTRIES_RETAINED: Final = 2_000
@@ -107,13 +111,14 @@ class SnapshotTaker:
 
 
 class _Transfer:
-    __slots__ = ("acked", "last_heard_ms", "meta", "offset", "size")
+    __slots__ = ("acked", "last_heard_ms", "meta", "offset", "retry_ms", "size")
 
     def __init__(self, now: int) -> None:
         self.meta: SnapshotMeta | None = None  # known once the first chunk was read
         self.size = CHUNK_SIZE_BYTES
         self.offset = 0
         self.acked = 0
+        self.retry_ms = 0  # nothing is sent before; 0: now
         self.last_heard_ms = now
 
 
@@ -124,6 +129,7 @@ class SnapshotSenders:
         self._raft = raft
         self._events = events
         self._transfers: dict[str, _Transfer] = {}
+        self._ended: dict[str, None] = {}  # whose snapshots the disk may close
 
     def start(self, follower: str, now: int) -> None:
         self._transfers[follower] = _Transfer(now)
@@ -138,9 +144,11 @@ class SnapshotSenders:
 
     def stop(self, follower: str) -> None:
         if self._transfers.pop(follower, None) is not None:
+            self._ended[follower] = None
             self._raft.report_snapshot(follower, SnapshotStatus(0, False))
 
     def stop_all(self) -> None:
+        self._ended.update(dict.fromkeys(self._transfers))
         self._transfers.clear()
 
     def chunk_sent(self, follower: str, chunk: SnapshotChunk) -> None:
@@ -160,6 +168,7 @@ class SnapshotSenders:
         elif ack.offset >= transfer.size:
             index = transfer.meta.index
             del self._transfers[follower]
+            self._ended[follower] = None
             self._raft.report_snapshot(follower, SnapshotStatus(index, True))
         elif ack.offset > transfer.acked:
             transfer.acked = ack.offset
@@ -168,10 +177,16 @@ class SnapshotSenders:
             transfer.acked = transfer.offset = ack.offset
 
     def step(self, now: int, disk: list[DiskEffect]) -> None:
+        if self._ended:
+            disk.extend(map(EndTransfer, self._ended))  # before a new one to the same follower begins
+            self._ended.clear()
         for follower, transfer in list(self._transfers.items()):
             if now - transfer.last_heard_ms > SILENCE_MS_MAX:
                 self.stop(follower)
                 continue
+            if now < transfer.retry_ms:
+                continue
+            transfer.retry_ms = 0
             # The first piece goes alone: it tells how many there are.
             window = (
                 CHUNKS_IN_FLIGHT_MAX * CHUNK_SIZE_BYTES if transfer.meta is not None else CHUNK_SIZE_BYTES
@@ -180,15 +195,19 @@ class SnapshotSenders:
                 disk.append(SendChunk(follower, self._raft.term, transfer.offset, CHUNK_SIZE_BYTES))
                 transfer.offset += CHUNK_SIZE_BYTES
 
-    def chunk_failed(self, follower: str) -> None:
-        """A piece could not be queued (pipe full or connection lost): go back to what is acknowledged."""
+    def chunk_failed(self, follower: str, now: int) -> None:
+        """A piece could not be queued (pipe full or connection lost): soon go back to what is acknowledged."""
         transfer = self._transfers.get(follower)
         if transfer is not None:
             transfer.offset = transfer.acked
+            transfer.retry_ms = now + RETRY_MS
 
     @property
     def deadline(self) -> int:
-        return min((t.last_heard_ms + SILENCE_MS_MAX + 1 for t in self._transfers.values()), default=_NEVER)
+        return min(
+            (t.retry_ms or t.last_heard_ms + SILENCE_MS_MAX + 1 for t in self._transfers.values()),
+            default=_NEVER,
+        )
 
     @property
     def followers(self) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 
 from coordlib.api.maps import _MapBase
 from coordlib.testing.simulation.processes import MemberProcess, Process
+from coordlib.testing.simulation.surroundings import NetworkProfile
 from coordlib.testing.simulation.world import World
 
 PATIENCE_MS = 15_000
@@ -73,6 +74,28 @@ def test_a_follower_that_was_away_catches_up_by_a_snapshot(world: World) -> None
     assert world.run(PATIENCE_MS, lambda: is_level(world))
     assert len({len(p.kernel.machine.sessions) for p in world.up_members}) == 1
     assert world.fatal == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_full_queue_holds_a_transfer_up_for_moments_and_nobody_else(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that did not fit are read and sent again a little later, the last ones too, and not a thousand times."""
+    monkeypatch.setattr("coordlib.node.transfer.LOG_ENTRIES_MAX", 30)
+    monkeypatch.setattr("coordlib.node.transfer.CHUNK_SIZE_BYTES", 500)
+    monkeypatch.setattr("coordlib.node.kernel.ENTRIES_RETAINED", 5)
+    with World(seed, network=NetworkProfile(bulk_queue_frames_max=2)) as world:
+        world.start_all()
+        assert world.run(PATIENCE_MS, lambda: all(p.kernel.has_usable_leader for p in world.up_members))
+        away = follower_of(world)
+        away.kill()
+        write(world, leader_of(world), 100)
+        refused = world.counts["frames_refused"]
+        back = world.start_member(away.name)
+        assert world.run(5000, lambda: is_level(world) and installed(back) > 0)
+        assert 0 < world.counts["frames_refused"] - refused < 1000
+        # Nothing is kept open for it.
+        assert all(not process._disk._readers for process in world.up_members if process._disk)
 
 
 def test_what_was_installed_survives_a_crash(world: World) -> None:

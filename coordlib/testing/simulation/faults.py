@@ -30,6 +30,8 @@ __all__ = ["FAULT_KINDS", "Fault", "FaultInjector", "draw_faults"]
 FAULT_INTERVAL_MS_MAX: Final = 4000
 LEADER_FAULT_INTERVAL_MS: Final = 12_000
 RESTART_MS_MAX: Final = 4000
+LEADER_ATTEMPTS: Final = 40
+LEADER_ATTEMPT_MS: Final = 100
 COPY_ATTEMPTS: Final = 80
 ATTEMPT_MS: Final = 25
 YEAR_MS: Final = 365 * 86_400_000
@@ -228,9 +230,12 @@ class FaultInjector:
             return begin(fault, chance, leader) if leader is not None and not leader.is_paused else False
         return begin(fault, chance)
 
-    def _begin(self, fault: Fault) -> None:
+    def _begin(self, fault: Fault, attempts: int = LEADER_ATTEMPTS) -> None:
         if self.apply(fault):
             self.applied[fault.kind] += 1
+        elif fault.kind in LEADER_KINDS and attempts:
+            # Between two leaders there is nobody to hit, and after many faults that is often so.
+            self._later(LEADER_ATTEMPT_MS, self._begin, fault, attempts - 1)
 
     def _at(self, time_ms: int, action: Callable[..., Any], *arguments: Any) -> None:
         self.world.at(time_ms, self._unless_healed, self._epoch, action, arguments)
