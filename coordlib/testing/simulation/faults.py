@@ -297,8 +297,8 @@ class FaultInjector:
             prepare(disk)
         elif name in self._rotten:
             world.expect(name, StorageCorrupt)
-        elif disk.capacity is None:
-            world.expect(name)
+        else:
+            self._expect_as_its_disk_is(name)
         fatal_count = len(world.fatal)
         is_damaged = name in self._is_changed or self._rotten.get(name) == "bit_rot"
         process = world.try_start_member(name, is_damaged=is_damaged)
@@ -315,6 +315,11 @@ class FaultInjector:
             self.applied[kind] += 1
         self._mend_rot(name)
         self._later(self._chance.randint(50, RESTART_MS_MAX), self._restart, name)
+
+    def _expect_as_its_disk_is(self, name: str) -> None:
+        # A full disk stays full whoever had it in between.
+        is_full = self.world.disks[name].capacity is not None
+        self.world.expect(name, *((StorageFailed, StartError) if is_full else ()))
 
     def _mend_rot(self, name: str) -> None:
         if self._rotten.pop(name, None) is not None:
@@ -805,7 +810,7 @@ class FaultInjector:
             self._end_quietly(name)
         for name in names:
             self._give_back(name, self._own_disks.pop(name))
-            self.world.expect(name)
+            self._expect_as_its_disk_is(name)
             self._restart(name)
 
     def _swap(self, fault: Fault, chance: Stream) -> bool:
