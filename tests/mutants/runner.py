@@ -149,11 +149,17 @@ def _check_unmutated(
     return [f"{finding.check}: {finding.message}" for finding in findings if finding.check]
 
 
+def _test_name(finding: Finding) -> str:
+    """A scenario's own name, or a test's with its file."""
+    name = finding.message.rpartition("/")[2]
+    return name.rpartition("[")[2].rstrip("]") if finding.check == "scenario" and "[" in name else name
+
+
 def _row(result: Result) -> str:
     finding = result.finding
     caught = f"{result.kind}: {finding.check}" if finding.check else "NOBODY"
     if result.kind in ("scenario", "unit test"):
-        caught = f"{result.kind}: {finding.message.rpartition('/')[2]}"
+        caught = f"{result.kind}: {_test_name(finding)}"
     count = finding.runs if result.stage.startswith("simulator") else result.seeds_in_vain
     seeds = str(count) if result.stage.startswith("simulator") and finding.check else f"({count})"
     return f"{result.name:<56} {caught:<48.48} {seeds:>6} {result.seconds:>7.1f} s {result.hits:>9} times"
@@ -208,7 +214,7 @@ def document(results: dict[str, Result]) -> str:
             finding = result.finding
             caught = f"{result.kind}: {finding.check}"
             if result.kind in ("scenario", "unit test"):
-                caught = f"{result.kind}: `{finding.message.rpartition('/')[2]}`"
+                caught = f"{result.kind}: `{_test_name(finding)}`"
             elif result.kind in ("invariant()", "nobody"):
                 caught = result.kind
             is_by_seed = result.stage.startswith("simulator") and finding.check
