@@ -35,6 +35,12 @@ SILENCE_MS_MAX: Final = 10_000
 RETRY_MS: Final = 20
 """How long a piece that could not be queued waits: reading it from the disk again at once would end in the same."""
 
+HOLE_MS: Final = 200
+"""A piece that was lost by itself is sent again at most so often: the pieces behind it all tell of the same hole."""
+
+RESEND_MS: Final = 3000
+"""Without any progress for so long, everything since the last acknowledgement is sent again."""
+
 LOG_SIZE_BYTES_MAX: Final = 8 * 1024 * 1024
 LOG_ENTRIES_MAX: Final = 20_000
 ENTRIES_RETAINED: Final = 2_000
@@ -111,7 +117,7 @@ class SnapshotTaker:
 
 
 class _Transfer:
-    __slots__ = ("acked", "last_heard_ms", "meta", "offset", "retry_ms", "size")
+    __slots__ = ("acked", "last_heard_ms", "meta", "offset", "progress_ms", "retry_ms", "size")
 
     def __init__(self, now: int) -> None:
         self.meta: SnapshotMeta | None = None  # known once the first chunk was read
@@ -120,6 +126,7 @@ class _Transfer:
         self.acked = 0
         self.retry_ms = 0  # nothing is sent before; 0: now
         self.last_heard_ms = now
+        self.progress_ms = now  # of the last acknowledgement of more, or of going back
 
 
 class SnapshotSenders:
@@ -172,9 +179,20 @@ class SnapshotSenders:
             self._raft.report_snapshot(follower, SnapshotStatus(index, True))
         elif ack.offset > transfer.acked:
             transfer.acked = ack.offset
+            transfer.progress_ms = now
+        elif ack.offset == transfer.acked and ack.offset:
+            # A later piece came, and this one is wanted: it was lost by itself.
+            if now - transfer.progress_ms >= HOLE_MS:
+                self._go_back(transfer, now)
         elif ack.offset < transfer.acked or ack.offset == 0:
             # The receiver started over (it restarted, or lost a piece): follow it.
-            transfer.acked = transfer.offset = ack.offset
+            transfer.acked = ack.offset
+            self._go_back(transfer, now)
+
+    @staticmethod
+    def _go_back(transfer: _Transfer, now: int) -> None:
+        transfer.offset = transfer.acked
+        transfer.progress_ms = now
 
     def step(self, now: int, disk: list[DiskEffect]) -> None:
         if self._ended:
@@ -186,6 +204,8 @@ class SnapshotSenders:
                 continue
             if now < transfer.retry_ms:
                 continue
+            if now - transfer.progress_ms >= RESEND_MS:
+                self._go_back(transfer, now)
             transfer.retry_ms = 0
             # The first piece goes alone: it tells how many there are.
             window = (
@@ -204,9 +224,11 @@ class SnapshotSenders:
 
     @property
     def deadline(self) -> int:
+        if not self._transfers:
+            return _NEVER
         return min(
-            (t.retry_ms or t.last_heard_ms + SILENCE_MS_MAX + 1 for t in self._transfers.values()),
-            default=_NEVER,
+            t.retry_ms or min(t.last_heard_ms + SILENCE_MS_MAX + 1, t.progress_ms + RESEND_MS)
+            for t in self._transfers.values()
         )
 
     @property
@@ -252,8 +274,8 @@ class SnapshotReceiver:
             disk.append(BeginSnapshot(RECEIVED, chunk.meta))
         self._term = chunk.term
         if chunk.offset != self._offset:
-            # A piece is missing or came twice: say what comes next.
-            return self._ack(chunk, self._offset) if chunk.offset > self._offset else None
+            # A piece is missing or came twice, perhaps because an answer was lost: say what comes next.
+            return self._ack(chunk, self._offset)
         assert self._sink is not None
         try:
             self._sink.feed(chunk.data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from coordlib.api.maps import _MapBase
 from coordlib.testing.simulation.processes import MemberProcess, Process
 from coordlib.testing.simulation.surroundings import NetworkProfile
 from coordlib.testing.simulation.world import World
+from coordlib.wire.messages import SnapshotAck, SnapshotChunk
 
 PATIENCE_MS = 15_000
 
@@ -96,6 +97,39 @@ def test_a_full_queue_holds_a_transfer_up_for_moments_and_nobody_else(
         assert 0 < world.counts["frames_refused"] - refused < 1000
         # Nothing is kept open for it.
         assert all(not process._disk._readers for process in world.up_members if process._disk)
+
+
+@pytest.mark.parametrize("what", [SnapshotChunk, SnapshotAck])
+@pytest.mark.parametrize("number", [0, 1, 3, 6, 8])
+def test_one_lost_piece_or_answer_costs_moments_and_not_the_transfer(
+    world: World, what: type, number: int
+) -> None:
+    """It is sent again; nothing waits for the silence that ends a transfer. Found by seed 1008."""
+    away = follower_of(world)
+    away.kill()
+    write(world, leader_of(world), 100)
+    seen = 0
+
+    def lose_one(process: MemberProcess) -> None:
+        send = process._links.send
+
+        def send_others(name: str, messages: Sequence[tuple[int, Any]], **more: Any) -> bool:
+            nonlocal seen
+            if any(isinstance(message, what) for _, message in messages):
+                seen += 1
+                if seen == number + 1:
+                    return True
+            return bool(send(name, messages, **more))
+
+        process._links.send = send_others
+
+    back = world.start_member(away.name)
+    for process in world.up_members:
+        lose_one(process)
+    began = sent(world)
+    assert world.run(5000, lambda: installed(back) > 0 and is_level(world))
+    assert sent(world) <= began + 1
+    assert seen > number
 
 
 def test_what_was_installed_survives_a_crash(world: World) -> None:
