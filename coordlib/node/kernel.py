@@ -123,6 +123,7 @@ class MemberKernel:
         self._late_ms = 0
         self._now = now
         self._has_garbage = False
+        self._is_slice_due = False  # of our own snapshot: one a turn, so that input is looked at in between
         self._next_housekeeping = now
         self._was_barred = False
         self._is_closing = False
@@ -456,6 +457,7 @@ class MemberKernel:
     def tick(self, now: int, wall_ms: int, late_ms: int = 0) -> None:
         """Let timers fire. Only after all input that is there was given; `now` was read after that."""
         self._now = now
+        self._is_slice_due = True
         self._wall_ms = wall_ms
         self._late_ms = max(self._late_ms, late_ms)
         raft = self.raft
@@ -557,7 +559,9 @@ class MemberKernel:
             if len(self._to_apply) > APPLY_BATCH:
                 break  # a long backlog: let the driver look at its input between slices
         assert self._taker is not None and self._senders is not None
-        self._taker.step(self._out.disk)
+        if self._is_slice_due:
+            self._is_slice_due = False
+            self._taker.step(self._out.disk)
         self._senders.step(now, self._out.disk)
         return self._take()
 

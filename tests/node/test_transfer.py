@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from coordlib.api.maps import _MapBase
+from coordlib.node.effects import OWN, DiskEffect, WriteSnapshot
 from coordlib.testing.simulation.processes import MemberProcess, Process
 from coordlib.testing.simulation.surroundings import NetworkProfile
 from coordlib.testing.simulation.world import World
@@ -63,6 +64,29 @@ def sent(world: World) -> int:
     return sum(event.name == "snapshot.send" for p in world.up_members for event in p.events)
 
 
+def test_a_snapshot_of_its_own_is_written_one_piece_a_turn(world: World) -> None:
+    """In between, a member looks at its input: a large state must not keep a heartbeat waiting."""
+    leader = leader_of(world)
+    disk = leader._disk
+    assert disk is not None
+    carry_out, take_turn = disk.carry_out, leader.take_turn
+    pieces = [0]
+
+    def counted(effects: Sequence[DiskEffect], *more: Any) -> None:
+        pieces[-1] += sum(isinstance(effect, WriteSnapshot) and effect.origin == OWN for effect in effects)
+        carry_out(effects, *more)
+
+    def counted_turn() -> None:
+        pieces.append(0)
+        take_turn()
+
+    disk.carry_out = counted  # type: ignore[method-assign]  # looked at, not changed
+    leader.take_turn = counted_turn  # type: ignore[method-assign]  # looked at, not changed
+    write(world, leader, 100)
+    assert sum(pieces) > 10
+    assert max(pieces) == 1
+
+
 def test_a_follower_that_was_away_catches_up_by_a_snapshot(world: World) -> None:
     """And goes on with the log behind it, with the same state."""
     away = follower_of(world)
@@ -100,7 +124,7 @@ def test_a_full_queue_holds_a_transfer_up_for_moments_and_nobody_else(
 
 
 @pytest.mark.parametrize("what", [SnapshotChunk, SnapshotAck])
-@pytest.mark.parametrize("number", [0, 1, 3, 6])
+@pytest.mark.parametrize("number", [0, 1, 3])
 def test_one_lost_piece_or_answer_costs_moments_and_not_the_transfer(
     world: World, what: type, number: int
 ) -> None:

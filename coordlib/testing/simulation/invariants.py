@@ -614,7 +614,7 @@ class _Model:
             self._answers[session, sequence] = applied.reply
             return True
         if answer is not None:
-            self._marks.hit("request_repeated")
+            self._marks.hit("request_repeated")  # rare: leaders answer what they have seen themselves
         is_refusal = not commands.is_success(applied.reply)
         if applied.effects or not (is_refusal or applied.reply == answer):
             raise Violation(

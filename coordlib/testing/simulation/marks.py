@@ -25,7 +25,6 @@ SOMETIMES: dict[str, str] = {
     "all_members_down": "no member was running",
     "storage_failed": "a disk failed, and its member stopped instead of going on",
     "session_expired": "a session ran out",
-    "request_repeated": "a command reached the log twice and was executed once",
     "lock_handed_over": "a lock went from a dead or released holder to one who waited",
     "lock_holder_died": "a session ended while it held a lock",
 }

@@ -41,6 +41,9 @@ class Plan:
     snapshot_entries: int = 20_000  # a snapshot is taken after so many entries
     entries_retained: int = 2_000
     chunk_size_bytes: int = 256 * 1024
+    append_entries_max: int = 1024  # in one message, and so on: see `RaftConfig`
+    probe_size_bytes_max: int = 1 << 16
+    inflight_messages_max: int = 64
     safety_ms: int = SAFETY_MS
     liveness_ms: int = LIVENESS_MS
     total_ms: int = TOTAL_MS
@@ -89,7 +92,8 @@ def draw_plan(seed: int) -> Plan:
     """The plan of a seed: the same for ever, as long as this module is."""
     chance = Choices(seed).stream("plan")
     load = draw_load(chance)
-    members = chance.choice((1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5, 5, 7))
+    members = chance.choice((1, 2, 2, 3, 3, 3, 3, 3, 4, 4, 5, 5, 5, 6, 7))
+    is_log_cut_small = chance.random() < 0.5
     clients = chance.randint(0, 3) if members > 1 else chance.randint(1, 2)
     return Plan(
         seed=seed,
@@ -106,6 +110,10 @@ def draw_plan(seed: int) -> Plan:
         segment_size_bytes=chance.choice((8, 16, 64)) * 1024,
         snapshot_entries=chance.choice((20, 50, 100, 400, 20_000)),
         entries_retained=chance.choice((0, 5, 50, 2_000)),
+        # Cut small, what a new leader adds does not travel with all that precedes it.
+        append_entries_max=chance.choice((1, 2, 5)) if is_log_cut_small else 1024,
+        probe_size_bytes_max=chance.choice((1, 300)) if is_log_cut_small else 1 << 16,
+        inflight_messages_max=chance.choice((1, 2, 8)) if is_log_cut_small else 64,
         # Large states in tiny pieces would only take longer than anybody waits.
         chunk_size_bytes=chance.choice((16 * 1024 if load.padding_size_bytes else 200, 20_000, 256 * 1024)),
     )

@@ -20,8 +20,9 @@ from coordlib.node.effects import Effects, LogEvent
 from coordlib.node.kernel import MemberKernel
 from coordlib.node.links import Links
 from coordlib.node.session import Call
+from coordlib.raft.messages import SnapshotMeta
 from coordlib.storage import SegmentStorage
-from coordlib.storage.base import Persist
+from coordlib.storage.base import Persist, SnapshotWriter
 from coordlib.testing.disk import CrashNow, SimulatedFileSystem
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.network import SimulatedTransport
@@ -398,6 +399,26 @@ class _Storage(SegmentStorage):
         if observer is not None:
             for item in batch:
                 observer.wrote(self.process, item)
+
+    def create_snapshot(self, group: int, meta: SnapshotMeta) -> _SlowWriter:  # type: ignore[override]  # same contract
+        return _SlowWriter(super().create_snapshot(group, meta), self.process)
+
+
+class _SlowWriter:
+    """A snapshot's pieces take time too, in which the world goes on."""
+
+    def __init__(self, writer: SnapshotWriter, process: MemberProcess) -> None:
+        self._writer = writer
+        self._process = process
+        self.abort = writer.abort
+
+    def write(self, data: bytes) -> None:
+        self._writer.write(data)
+        self._process.lag_ms += self._process.world.write_delay() // 2
+
+    def finish(self) -> None:
+        self._writer.finish()
+        self._process.lag_ms += self._process.world.write_delay() + self._process.write_slow_ms
 
 
 class MemberProcess(SimulatedProcess, MemberDriver):

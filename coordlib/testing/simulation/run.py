@@ -18,7 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 from coordlib.api.maps import _MapBase
-from coordlib.errors import InvariantViolation
+from coordlib.errors import InvariantViolation, StorageCorrupt
+from coordlib.raft import RaftConfig
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation import marks, workload
 from coordlib.testing.simulation.choices import Choices
@@ -46,7 +47,7 @@ SIMULATED_MS_MIN = 60_000
 OPERATIONS_MIN = 100
 FAULTS_MIN = 10
 LEADER_CHANGES_MIN = 2
-STIRS_MAX = 12
+STIRS_MAX = 8
 STIR_MS = 2500
 
 
@@ -142,6 +143,7 @@ class _Run:
             stack.enter_context(patch("coordlib.node.transfer.LOG_ENTRIES_MAX", plan.snapshot_entries))
             stack.enter_context(patch("coordlib.node.kernel.ENTRIES_RETAINED", plan.entries_retained))
             stack.enter_context(patch("coordlib.node.transfer.CHUNK_SIZE_BYTES", plan.chunk_size_bytes))
+            stack.enter_context(patch("coordlib.node.kernel.RaftConfig", self._raft_config))
             self._boot()
             self.injector.schedule()
             self._go_on_until(plan.safety_ms)
@@ -149,6 +151,15 @@ class _Run:
             self._live_on()
             self._heal()
             return self._report()
+
+    def _raft_config(self, **settings: Any) -> RaftConfig:
+        plan = self.plan
+        return RaftConfig(
+            **settings,
+            append_entries_max=plan.append_entries_max,
+            probe_size_bytes_max=plan.probe_size_bytes_max,
+            inflight_messages_max=plan.inflight_messages_max,
+        )
 
     # -- phases --------------------------------------------------------------------------------------------
 
@@ -164,16 +175,18 @@ class _Run:
     def _has_formed(self) -> bool:
         return all(process.kernel.has_usable_leader for process in self.world.up_members)
 
-    def _stir(self) -> None:
-        """Chance may have spared a cluster; a run in which little happened proves little."""
+    def _stir(self) -> bool:
+        """Chance may have spared a cluster; a run in which little happened proves little. Whether that was so."""
         chance = Choices(self.plan.seed).stream("stir")
         injector = self.injector
-        for _ in range(STIRS_MAX if self.plan.faults else 0):
+        for number in range(STIRS_MAX if self.plan.faults else 0):
             if injector.applied.total() >= FAULTS_MIN and self._leader_changes >= LEADER_CHANGES_MIN:
-                return
+                return number > 0
             fault = Fault(self.world.now, "kill_leader", chance.randrange(1 << 30), 300, 0.5)
-            injector.applied["kill_leader"] += injector.apply(fault)
+            if injector.apply(fault):
+                injector.applied["kill_leader"] += 1
             self._go_on_until(self.world.now + STIR_MS)
+        return True
 
     @property
     def _leader_changes(self) -> int:
@@ -193,6 +206,9 @@ class _Run:
         world, workload = self.world, self.workload
         self.injector.heal()
         self._probe_all()
+        if self._stir():
+            self.injector.heal()
+            self._probe_all()
         workload.stop()
         self._await(QUIET_MS_MAX, "applications wait for ever", lambda: workload.is_quiet)
         self._await(QUIET_MS_MAX, "the members do not become equal", self._is_settled)
@@ -234,6 +250,10 @@ class _Run:
         for name, error in self.world.fatal:
             if isinstance(error, InvariantViolation):
                 raise Violation("invariant()", f"{name}: {error}") from error
+            if isinstance(error, StorageCorrupt):
+                raise Violation(
+                    "recovered log", f"{name} cannot read a disk that nothing has damaged: {error}"
+                )
             raise Violation("member stopped", f"{name}: {error!r}") from error
         self.workload.check()
 
