@@ -80,7 +80,7 @@ def test_a_snapshot_of_its_own_is_written_one_piece_a_turn(world: World) -> None
         pieces.append(0)
         take_turn()
 
-    disk.carry_out = counted  # type: ignore[method-assign]  # looked at, not changed
+    disk.carry_out = counted  # type: ignore[assignment,method-assign]  # looked at, not changed
     leader.take_turn = counted_turn  # type: ignore[method-assign]  # looked at, not changed
     write(world, leader, 100)
     assert sum(pieces) > 10
