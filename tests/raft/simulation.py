@@ -1,4 +1,8 @@
-"""Whole clusters of cores under random faults, with the invariants of Raft checked at every step.
+"""Clusters of bare cores under random faults, with the invariants of Raft checked at every step.
+
+The simulator of whole clusters (docs/simulation.md) runs a core as the node drives it. Here it is driven as its contract
+allows: with configurations that change, members that only learn, several Readies on their way to the disk, messages
+without the order and the protection of a connection, and no storage, session or application in the way.
 
 One seed decides everything. Faults: messages lost, repeated, late and out of order; partitions, also in one
 direction; pauses with a burst afterwards; slow disks with several Readies outstanding; crashes that lose
