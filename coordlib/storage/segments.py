@@ -605,9 +605,11 @@ class SegmentStorage:
 
         try:
             return SnapshotFileReader(file, path, self._identity.disk_id, on_close)
-        except BaseException:
+        except BaseException as exc:
             del self._others[key]
             file.close()
+            if isinstance(exc, OSError):
+                raise self._translate(exc) from exc
             raise
 
     def compact(self, group: int, index: int) -> None:

@@ -343,3 +343,18 @@ def test_a_newer_format_is_refused_with_the_upgrade_as_the_remedy(name: str) -> 
     with pytest.raises(StartError, match=r"format 2.*upgrade coordlib"):
         reopen(fs)
     assert before == {path: fs.content(path) for path in fs.paths()}
+
+
+@pytest.mark.parametrize("reads", range(3))
+def test_a_snapshot_that_cannot_be_read_is_a_failure_of_the_disk(reads: int) -> None:
+    """Whichever of its parts it is: the error is one that stops the node in words. Found by seed 2020."""
+    driver = make_log()
+    storage = make_storage(driver.fs)
+    storage.open()
+    write_snapshot(storage, 0, make_meta(2, 2), b"state")
+    driver.fs.fail("pread", path=".snap", skip=reads)
+    with pytest.raises(StorageFailed, match="check the disk"):
+        storage.open_snapshot(0)
+    driver.fs.heal()
+    assert storage.open_snapshot(0) is not None
+    storage.close()

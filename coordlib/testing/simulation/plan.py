@@ -93,7 +93,13 @@ def draw_plan(seed: int) -> Plan:
     chance = Choices(seed).stream("plan")
     load = draw_load(chance)
     members = chance.choice((1, 2, 2, 3, 3, 3, 3, 3, 4, 4, 5, 5, 5, 6, 7))
-    is_log_cut_small = chance.random() < 0.5
+    # Cut small, what a new leader adds does not travel with all that precedes it. But then little gets through.
+    append_entries_max, inflight_messages_max = chance.choice(
+        ((1024, 64), (1024, 64), (1024, 1), (1, 8), (2, 4), (5, 2), (1, 64))
+    )
+    probe_size_bytes_max = chance.choice((1 << 16, 1 << 16, 300, 1))
+    if append_entries_max < 1024:
+        load = replace(load, operations_per_second=min(load.operations_per_second, 12))
     clients = chance.randint(0, 3) if members > 1 else chance.randint(1, 2)
     return Plan(
         seed=seed,
@@ -110,10 +116,9 @@ def draw_plan(seed: int) -> Plan:
         segment_size_bytes=chance.choice((8, 16, 64)) * 1024,
         snapshot_entries=chance.choice((20, 50, 100, 400, 20_000)),
         entries_retained=chance.choice((0, 5, 50, 2_000)),
-        # Cut small, what a new leader adds does not travel with all that precedes it.
-        append_entries_max=chance.choice((1, 2, 5)) if is_log_cut_small else 1024,
-        probe_size_bytes_max=chance.choice((1, 300)) if is_log_cut_small else 1 << 16,
-        inflight_messages_max=chance.choice((1, 2, 8)) if is_log_cut_small else 64,
+        append_entries_max=append_entries_max,
+        probe_size_bytes_max=probe_size_bytes_max,
+        inflight_messages_max=inflight_messages_max,
         # Large states in tiny pieces would only take longer than anybody waits.
         chunk_size_bytes=chance.choice((16 * 1024 if load.padding_size_bytes else 200, 20_000, 256 * 1024)),
     )
