@@ -23,6 +23,7 @@ from pprint import pformat
 from time import monotonic, process_time
 from typing import NamedTuple
 
+from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation.invariants import Violation
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import Plan, Reduction, draw_plan, loaded_plan
@@ -220,11 +221,15 @@ def _single(options: argparse.Namespace) -> int:
     reduction = Reduction(options.faults, options.calm, options.without, options.clients)
     plan = reduction.apply(plan)
     print(pformat(asdict(plan), sort_dicts=False, width=160))
+    history = HistoryWriter()
     try:
-        report = simulate(options.seed, plan)
+        report = simulate(options.seed, plan, history=history)
     except Violation as violation:
         print(f"\nat {violation.at_ms} ms: {violation}")
         return 1
+    finally:
+        if options.history:
+            history.dump(options.history)
     print(pformat(asdict(report), sort_dicts=False, width=160))
     return 0
 
@@ -245,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", type=_numbers, help="only these of its faults, by their places; or: none")
     parser.add_argument("--calm", type=_names, default=(), help="of network,disk,clock")
     parser.add_argument("--without", type=_names, default=(), help="services to leave out")
+    parser.add_argument("--history", help="write what was asked and answered to this file (`coordlib check`)")
     parser.add_argument("--clients", type=int, help="how many clients instead of the plan's")
     options = parser.parse_args(arguments)
     return _campaign(options) if options.seed is None else _single(options)

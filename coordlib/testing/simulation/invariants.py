@@ -25,20 +25,25 @@ same state            ... and the same state, compared at intervals and after ev
 exactly once          a session's command is executed once; repeated, it gets the first answer or none
 fencing token         tokens rise over all grants of all locks, for ever
 one holder            a lock is granted to one acquisition of a living session at a time
+current read          what a leader answers a query from has all that was committed when it took the query up
+session belief        when the cluster ends a session for its silence, its owner has already stopped to count on it
 busy loop             no process runs more often than a bound allows
 ====================  ==============================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from unittest.mock import patch
 
 from coordlib.cbor import decode
 from coordlib.errors import CoordError
 from coordlib.machine import commands
 from coordlib.machine.commands import OpCode
 from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
+from coordlib.raft import RawNode, Ready
 from coordlib.raft.messages import (
     AppendEntries,
     AppendReply,
@@ -55,7 +60,7 @@ if TYPE_CHECKING:
     from coordlib.testing.simulation.marks import Marks
     from coordlib.testing.simulation.processes import MemberProcess, SimulatedProcess
 
-__all__ = ["Invariants", "Violation"]
+__all__ = ["Invariants", "Violation", "watched_reads"]
 
 DIGEST_EVERY: Final = 64
 """States are compared at every so many applied entries; comparing takes as long as writing a snapshot."""
@@ -144,10 +149,14 @@ class Invariants:
     Args:
         members: The names of all voters.
         marks: Where to note what was reached.
+        are_clocks_bounded: No two clocks differ in rate by more than the cluster was told, so that sessions must keep
+            what their owners count on.
     """
 
-    def __init__(self, members: Sequence[str], marks: Marks) -> None:
+    def __init__(self, members: Sequence[str], marks: Marks, *, are_clocks_bounded: bool = False) -> None:
         self._marks = marks
+        self._are_clocks_bounded = are_clocks_bounded
+        self._processes: dict[str, SimulatedProcess] = {}
         self._quorum = len(members) // 2 + 1
         self._disks = {name: _Disk() for name in members}
         self._lives: dict[str, _Life] = {}
@@ -364,6 +373,7 @@ class Invariants:
 
     def turned(self, process: SimulatedProcess, now_ms: int) -> None:
         """A process went round once, to its end or to its crash."""
+        self._processes[process.name] = process
         life = self._lives.get(process.name)
         if life is None:
             return
@@ -490,7 +500,9 @@ class Invariants:
         outcome = self._outcomes.get(index)
         if outcome is None:
             self._outcomes[index] = _Outcome(applied.reply, applied.effects)
-            self._model.apply(entry, applied)
+            expired = self._model.apply(entry, applied)
+            if expired and self._are_clocks_bounded:
+                self._check_beliefs(index, expired)
         elif outcome.reply != applied.reply or outcome.effects != applied.effects:
             raise Violation(
                 "same reply",
@@ -498,6 +510,19 @@ class Invariants:
             )
         if index % DIGEST_EVERY == 0:
             self._compare_state(process)
+
+    def _check_beliefs(self, index: int, expired: set[int]) -> None:
+        """Nobody looks at another's clock: only here, both are seen at one moment."""
+        for process in self._processes.values():
+            if not process.is_up:
+                continue
+            view, clock = process._kernel.session.view, process.clock()
+            if view.session_id in expired and view.is_valid(clock):
+                raise Violation(
+                    "session belief",
+                    f"entry {index} ends session {view.session_id} of {process.name}, which counts on it for another "
+                    f"{view.valid_until_ms - clock} ms",
+                )
 
     def _compare_state(self, process: MemberProcess) -> None:
         machine = process._kernel.machine
@@ -538,6 +563,47 @@ class Invariants:
             process._kernel.machine.check_invariants()
 
 
+class _Asked(NamedTuple):
+    context: object
+    floor: int
+
+
+@contextmanager
+def watched_reads(invariants: Invariants, *, is_lease_trusted: bool) -> Iterator[None]:
+    """
+    Note with every read that a core is asked for what was committed by then, whoever had committed it.
+
+    Exact: a quorum of this term confirms nothing once a later leader has committed something, and what was committed
+    in this term or before, its leader knows.
+
+    Args:
+        is_lease_trusted: Clocks are bounded; if not, a lease may be wrong about who leads.
+    """
+    request, take = RawNode.request_read, RawNode.ready
+
+    def request_read(raft: RawNode, context: object, *, by_quorum: bool = False) -> None:
+        floor = invariants.committed_max if by_quorum or is_lease_trusted else 0
+        request(raft, _Asked(context, floor), by_quorum=by_quorum)
+
+    def ready(raft: RawNode) -> Ready:
+        taken = take(raft)
+        for asked, index in cast("list[tuple[_Asked, int]]", taken.reads):
+            if index < asked.floor:
+                raise Violation(
+                    "current read",
+                    f"{raft.node_id} in term {raft.term} answers a read from entry {index}; {asked.floor} was committed "
+                    "before it was asked",
+                )
+        if taken.reads:
+            taken.reads = [(cast(_Asked, asked).context, index) for asked, index in taken.reads]
+        if taken.failed_reads:
+            taken.failed_reads = [cast(_Asked, asked).context for asked in taken.failed_reads]
+        return taken
+
+    with patch.object(RawNode, "request_read", request_read), patch.object(RawNode, "ready", ready):
+        yield
+
+
 _PROMISES: Final[dict[type, Any]] = {
     AppendEntries: Invariants._check_append,
     Heartbeat: Invariants._check_append,
@@ -560,21 +626,29 @@ class _Model:
         self._holders: dict[bytes, tuple[int, int, int]] = {}  # lock -> session, sequence, token
         self._token = 0
 
-    def apply(self, entry: Entry, applied: Applied) -> None:
+    def apply(self, entry: Entry, applied: Applied) -> set[int]:
+        """Returns the sessions that it ends because nothing was heard of them."""
         _, session, sequence, _, operation = commands.unpack_entry(entry.data)
         if session and not self._is_due(entry.index, session, sequence, applied):
-            return
+            return set()
         try:
             args = decode(operation)
         except CoordError:
-            return
+            return set()
         for effect in applied.effects:
             if isinstance(effect, SessionOpened):
                 self._sessions.add(effect.session)
         opcode = args[0]
         if commands.is_success(applied.reply):
             if opcode == OpCode.ACQUIRE:
-                is_granted, token, _ = commands.decode_reply(applied.reply)
+                results = commands.decode_reply(applied.reply)
+                if len(results) != 3:
+                    raise Violation(
+                        "exactly once",
+                        f"entry {entry.index}, command {sequence} of session {session}, is answered with {results}, "
+                        "the answer to another command",
+                    )
+                is_granted, token, _ = results
                 if is_granted:
                     self._grant(entry.index, args[1], session, sequence, token)
             elif opcode == OpCode.RELEASE:
@@ -605,6 +679,7 @@ class _Model:
                 )
                 if holder is not None:
                     del self._holders[holder]
+        return ended if opcode == OpCode.SESSION_EXPIRE else set()
 
     def _is_due(self, index: int, session: int, sequence: int, applied: Applied) -> bool:
         """Whether the command was to be executed; if it was not, that nothing came of it."""

@@ -24,7 +24,7 @@ from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation import marks, workload
 from coordlib.testing.simulation.choices import Choices
 from coordlib.testing.simulation.faults import Fault, FaultInjector
-from coordlib.testing.simulation.invariants import Invariants, Violation
+from coordlib.testing.simulation.invariants import Invariants, Violation, watched_reads
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import Plan, draw_plan
 from coordlib.testing.simulation.processes import MemberProcess, Process
@@ -79,14 +79,17 @@ class Report:
         return ""
 
 
-def simulate(seed: int, plan: Plan | None = None) -> Report:
+def simulate(seed: int, plan: Plan | None = None, *, history: HistoryWriter | None = None) -> Report:
     """
     Run a seed's plan, or the one given.
+
+    Args:
+        history: Gets what applications asked and were answered, whatever comes of the run.
 
     Raises:
         Violation: A promise was broken; `check` names it, `at_ms` says when.
     """
-    run = _Run(plan or draw_plan(seed))
+    run = _Run(plan or draw_plan(seed), history or HistoryWriter())
     try:
         return run.go()
     except Violation as violation:
@@ -109,7 +112,7 @@ def _violation(run: _Run, check: str, message: str) -> Violation:
 
 
 class _Run:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, history: HistoryWriter) -> None:
         self.plan = plan
         self.marks = Marks(MARKS)
         self.world = World(
@@ -123,9 +126,12 @@ class _Run:
             reads_by_lease=plan.reads_by_lease,
             segment_size_bytes=plan.segment_size_bytes,
         )
-        self.invariants = Invariants(list(self.world.members), self.marks)
+        self.are_clocks_bounded = plan.clock.is_bounded(plan.timing.drift_percent)
+        self.invariants = Invariants(
+            list(self.world.members), self.marks, are_clocks_bounded=self.are_clocks_bounded
+        )
         self.world.observer = self.invariants
-        self.history = HistoryWriter()
+        self.history = history
         self.workload = Workload(self.world, plan.load, history=self.history, marks=self.marks)
         self.injector = FaultInjector(
             self.world,
@@ -144,6 +150,7 @@ class _Run:
             stack.enter_context(patch("coordlib.node.kernel.ENTRIES_RETAINED", plan.entries_retained))
             stack.enter_context(patch("coordlib.node.transfer.CHUNK_SIZE_BYTES", plan.chunk_size_bytes))
             stack.enter_context(patch("coordlib.node.kernel.RaftConfig", self._raft_config))
+            stack.enter_context(watched_reads(self.invariants, is_lease_trusted=self.are_clocks_bounded))
             self._boot()
             self.injector.schedule()
             self._go_on_until(plan.safety_ms)
