@@ -25,6 +25,7 @@ INVARIANTS = frozenset(
         "commit quorum",
         "commit safety",
         "commit term",
+        "current read",
         "durable promise",
         "election safety",
         "exactly once",
@@ -37,6 +38,7 @@ INVARIANTS = frozenset(
         "recovered log",
         "same reply",
         "same state",
+        "session belief",
         "synced write",
         "term order",
     )
