@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Invariants", "Violation", "watched_reads"]
 
-DIGEST_EVERY: Final = 64
+DIGEST_EVERY: Final = 128
 """States are compared at every so many applied entries; comparing takes as long as writing a snapshot."""
 
 ROUNDS_PER_SECOND_MAX: Final = 4000
