@@ -181,7 +181,9 @@ class SimulatedProcess(Driver):
         self.effects_left: int | None = None  # sends until the crash
         self.offset = chance.randint(0, 10_000_000)
         error, wall_error = world.clock.rate_error_permille_max, world.clock.wall_offset_ms_max
-        self.rate = chance.randint(1000 - error, 1000 + error)  # per mille
+        drawn = chance.randint(-error, error)
+        # Often at an edge: a promise that lacks a margin breaks between a clock as fast and one as slow as may be.
+        self.rate = 1000 + (drawn if 2 * abs(drawn) <= error else error if drawn > 0 else -error)
         self.wall_offset = chance.randint(-wall_error, wall_error)
         self.wall_rate = 1000
         self.slow_ms_max = 0  # how long a turn may take besides its system calls
