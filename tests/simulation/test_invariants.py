@@ -1,0 +1,643 @@
+"""Each invariant notices its violation, made by hand: a cluster of stand-ins lives legally, and then does one wrong thing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pytest
+
+from coordlib.cbor import encode
+from coordlib.machine import commands
+from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
+from coordlib.raft import RawNode
+from coordlib.raft.messages import (
+    AppendEntries,
+    AppendReply,
+    Configuration,
+    Entry,
+    EntryKind,
+    HardState,
+    Heartbeat,
+    RequestVote,
+    SnapshotMeta,
+    VoteReply,
+)
+from coordlib.storage.base import Persist, RecoveredGroup
+from coordlib.testing.disk import PendingChange
+from coordlib.testing.simulation import invariants, marks
+from coordlib.testing.simulation.invariants import ROUNDS_PER_SECOND_MAX, Invariants, Violation, watched_reads
+from coordlib.testing.simulation.marks import Marks
+
+NAMES: Final = ("n1", "n2", "n3")
+CONFIGURATION: Final = Configuration(NAMES)
+COMMAND: Final = int(EntryKind.COMMAND)
+LOCK: Final = b"door"
+GOOD: Final = encode((0,))
+
+
+class Log:
+    """As much of a core's log as is looked at."""
+
+    def __init__(self) -> None:
+        self.start_index = self.start_term = 0
+        self.entries: list[Entry] = []
+
+    def term_at(self, index: int) -> int:
+        place = index - self.start_index - 1
+        if place == -1:
+            return self.start_term
+        return self.entries[place].term if 0 <= place < len(self.entries) else -1
+
+    def slice(self, after: int, to: int) -> list[Entry]:
+        return self.entries[after - self.start_index : to - self.start_index]
+
+    def put(self, entry: Entry) -> None:
+        del self.entries[entry.index - self.start_index - 1 :]
+        self.entries.append(entry)
+
+
+class Member:
+    """As much of a member's process as is looked at."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_up = True
+        self.pending: list[tuple[str, PendingChange]] = []
+        self.fs = SimpleNamespace(pending=lambda: self.pending)
+        self.state = b"state"
+        self.clock_ms = 0
+        self.clock = lambda: self.clock_ms
+        machine = SimpleNamespace(applied_index=0, digest=lambda: self.state, check_invariants=lambda: None)
+        view: Any = SimpleNamespace(session_id=0, valid_until_ms=1000)
+        view.is_valid = lambda now_ms: now_ms < view.valid_until_ms
+        raft = SimpleNamespace(term=0, is_leader=False, commit_index=0, log=Log(), _peers=[])
+        self._kernel = SimpleNamespace(raft=raft, machine=machine, session=SimpleNamespace(view=view))
+
+
+class Cluster:
+    """Three stand-ins, and what is told of them."""
+
+    def __init__(self) -> None:
+        self.marks = Marks(())
+        seen: Any = Invariants(NAMES, self.marks, are_clocks_bounded=True)
+        self.seen = seen  # of stand-ins
+        self.members = {name: Member(name) for name in NAMES}
+        self.now = 0
+        self.last = 0
+        for member in self.members.values():
+            seen.started(member, None)
+
+    def kernel(self, name: str) -> Any:
+        return self.members[name]._kernel
+
+    def write(
+        self,
+        name: str,
+        *entries: Entry,
+        state: HardState | None = None,
+        restored: SnapshotMeta | None = None,
+    ) -> None:
+        batch = Persist(0, state, entries, restored)
+        self.seen.writing(self.members[name], batch)
+        self.seen.wrote(self.members[name], batch)
+        for entry in entries:
+            self.kernel(name).raft.log.put(entry)
+
+    def send(self, name: str, to: str, message: Any) -> None:
+        self.seen.sending(self.members[name], to, [(0, message)])
+
+    def turn(self, name: str) -> None:
+        self.seen.turned(self.members[name], self.now)
+
+    def elect(self, name: str, term: int, voters: tuple[str, ...] = NAMES) -> None:
+        for voter in voters:
+            self.kernel(voter).raft.term = term
+            self.kernel(voter).raft.is_leader = False
+            self.write(voter, state=HardState(term, name))
+            self.turn(voter)
+            if voter == name:
+                self.send(name, "", RequestVote(term, 0, 0, False, False))
+            else:
+                self.send(voter, name, VoteReply(term, term, True, False))
+        self.kernel(name).raft.is_leader = True
+        self.turn(name)
+        self.send(name, "", Heartbeat(term, 0, 0))
+
+    def replicate(self, entry: Entry, *names: str) -> None:
+        for name in names:
+            self.write(name, entry)
+
+    def commit(self, name: str, index: int) -> None:
+        self.kernel(name).raft.commit_index = index
+        self.turn(name)
+
+    def apply(self, name: str, entry: Entry, reply: bytes = GOOD, *effects: Any) -> None:
+        kernel = self.kernel(name)
+        _, session, sequence, _, _ = commands.unpack_entry(entry.data)
+        kernel.raft.commit_index = max(kernel.raft.commit_index, entry.index)
+        kernel.machine.applied_index = entry.index
+        self.seen.applied(self.members[name], entry, Applied(session, sequence, reply, tuple(effects)))
+
+    def happen(
+        self, operation: bytes, session: int = 0, sequence: int = 0, *, reply: bytes = GOOD, effects: Any = ()
+    ) -> None:
+        """A command goes through all of it, in the term of n1, and is applied by n1."""
+        self.last += 1
+        entry = Entry(1, self.last, COMMAND, commands.pack_entry(0, session, sequence, 0, operation))
+        self.replicate(entry, *NAMES)
+        self.apply("n1", entry, reply, *effects)
+        self.turn("n1")
+
+    def restart(
+        self, name: str, state: HardState, *entries: Entry, snapshot: SnapshotMeta | None = None
+    ) -> None:
+        self.members[name] = Member(name)
+        self.seen.started(self.members[name], RecoveredGroup(state, snapshot, list(entries)))
+
+
+def command(term: int, index: int, what: bytes = b"put") -> Entry:
+    return Entry(term, index, COMMAND, commands.pack_entry(0, 0, 0, 0, encode((999, what))))
+
+
+def begun() -> Cluster:
+    """n1 leads term 1, and its first entry is on every disk, committed by all."""
+    cluster = Cluster()
+    cluster.elect("n1", 1)
+    cluster.last = 1
+    cluster.replicate(Entry(1, 1, int(EntryKind.NOOP), b""), *NAMES)
+    for name in NAMES[1:]:
+        cluster.send(name, "n1", AppendReply(1, 0, True, 0, 1, 1, 1))
+    for name in NAMES:
+        cluster.commit(name, 1)
+        cluster.kernel(name).machine.applied_index = 1
+        cluster.turn(name)
+    return cluster
+
+
+def with_sessions() -> Cluster:
+    """Sessions 1 and 2 are open, and 1 holds the lock with token 5."""
+    cluster = begun()
+    for session in (1, 2):
+        cluster.happen(
+            commands.open_session(b"%d" % session, 3000, "owner"), effects=(SessionOpened(session, 3000),)
+        )
+    cluster.happen(commands.acquire(LOCK), 1, 1, reply=granted(5))
+    return cluster
+
+
+def granted(token: int) -> bytes:
+    return encode((0, True, token, 0))
+
+
+def test_a_legal_life_is_no_violation() -> None:
+    """Elections, replication, a conflict that is replaced, snapshots, restarts, sessions and locks: nothing to complain of."""
+    cluster = with_sessions()
+    cluster.happen(commands.acquire(LOCK), 2, 1, reply=encode((0, False, 0, 1)))
+    cluster.happen(commands.release(LOCK, 1), 1, 2, effects=(LockGranted(2, 1, LOCK, 6),))
+    cluster.happen(commands.close_session(), 2, 2, effects=(LockWithdrawn(2, 1), SessionEnded(2, "closed")))
+    index = cluster.last
+    cluster.kernel("n1").raft.is_leader = False
+    alone = command(1, index + 1, b"alone")
+    cluster.replicate(alone, "n1")
+    cluster.elect("n2", 2, ("n2", "n3"))
+    later = command(2, index + 1, b"later")
+    cluster.replicate(later, "n2", "n3")
+    cluster.kernel("n1").raft.term = 2
+    cluster.write("n1", later, state=HardState(2, ""))
+    cluster.commit("n2", index + 1)
+    cluster.apply("n1", later)
+    cluster.turn("n1")
+    cluster.restart("n3", HardState(2, "n2"), *cluster.kernel("n3").raft.log.entries)
+    cluster.restart("n3", HardState(2, "n2"), snapshot=SnapshotMeta(index + 1, 2, CONFIGURATION))
+    assert cluster.marks.counts["truncated_conflict"] == 1
+    assert cluster.marks.counts["lock_handed_over"] == 1
+
+
+# -- the wrong things ---------------------------------------------------------------------------------------
+
+
+def two_leaders() -> None:
+    cluster = begun()
+    cluster.write("n2", state=HardState(1, "n1"))
+    cluster.kernel("n2").raft.is_leader = True
+    cluster.turn("n2")
+
+
+def two_leaders_by_their_messages() -> None:
+    begun().send("n2", "n3", AppendEntries(1, 0, 0, 0, 0, ()))
+
+
+def two_votes() -> None:
+    cluster = begun()
+    cluster.write("n2", state=HardState(1, "n3"))
+    cluster.send("n2", "n3", VoteReply(1, 1, True, False))
+
+
+def two_votes_over_a_restart() -> None:
+    cluster = begun()
+    cluster.restart("n2", HardState(1, "n1"), *cluster.kernel("n2").raft.log.entries)
+    cluster.send("n2", "n3", VoteReply(1, 1, True, False))
+
+
+def a_term_that_falls() -> None:
+    cluster = begun()
+    cluster.kernel("n2").raft.term = 0
+    cluster.turn("n2")
+
+
+def a_term_that_is_forgotten() -> None:
+    cluster = begun()
+    cluster.restart("n2", HardState(0, ""), *cluster.kernel("n2").raft.log.entries)
+
+
+def a_vote_before_its_disk() -> None:
+    begun().send("n2", "n3", VoteReply(2, 2, True, False))
+
+
+def a_candidacy_before_its_disk() -> None:
+    begun().send("n2", "n3", RequestVote(2, 1, 1, False, False))
+
+
+def an_acknowledgement_before_its_disk() -> None:
+    begun().send("n2", "n1", AppendReply(1, 0, True, 1, 2, 1, 2))
+
+
+def an_acknowledgement_in_a_term_that_is_not_on_the_disk() -> None:
+    begun().send("n2", "n1", AppendReply(2, 0, True, 0, 1, 1, 1))
+
+
+def an_append_without_a_vote_of_its_own() -> None:
+    begun().send("n2", "n3", AppendEntries(2, 0, 0, 0, 0, ()))
+
+
+def a_write_that_is_not_synced() -> None:
+    cluster = begun()
+    cluster.members["n2"].pending.append(("/data/1.log", PendingChange(0, b"\0entry")))
+    cluster.write("n2", command(1, 2))
+
+
+def an_entry_that_is_gone() -> None:
+    begun().restart("n2", HardState(1, "n1"))
+
+
+def an_entry_that_nobody_wrote() -> None:
+    cluster = begun()
+    cluster.restart("n2", HardState(1, "n1"), *cluster.kernel("n2").raft.log.entries, command(1, 2))
+
+
+def a_snapshot_that_is_gone() -> None:
+    cluster = begun()
+    cluster.restart("n2", HardState(1, "n1"), snapshot=SnapshotMeta(1, 1, CONFIGURATION))
+    cluster.restart("n2", HardState(1, "n1"), command(1, 2))
+
+
+def two_entries_of_one_index_and_term() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2, b"one"), "n1")
+    cluster.replicate(command(1, 2, b"other"), "n2")
+
+
+def one_entry_after_two_predecessors() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), "n1")
+    cluster.replicate(command(2, 2), "n2")
+    cluster.replicate(command(3, 3), "n1", "n2")
+
+
+def what_is_committed_is_replaced() -> None:
+    begun().replicate(command(2, 1), "n3")
+
+
+def what_is_committed_is_cut_off() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), *NAMES)
+    cluster.commit("n1", 2)
+    cluster.write("n3", Entry(1, 1, int(EntryKind.NOOP), b""))
+
+
+def two_commit_differently() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), *NAMES)
+    cluster.commit("n1", 2)
+    cluster.kernel("n2").raft.log.put(command(2, 2))
+    cluster.commit("n2", 2)
+
+
+def a_commit_index_that_falls() -> None:
+    cluster = begun()
+    cluster.commit("n1", 0)
+
+
+def a_snapshot_of_what_is_not_committed() -> None:
+    cluster = begun()
+    cluster.write("n3", restored=SnapshotMeta(7, 1, CONFIGURATION))
+
+
+def a_commit_without_a_quorum() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), "n1")
+    cluster.commit("n1", 2)
+
+
+def a_commit_of_an_earlier_term_by_counting() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), "n1", "n2")
+    cluster.elect("n2", 2, ("n2", "n3"))
+    cluster.commit("n2", 2)
+
+
+def a_leader_that_lacks_what_is_committed() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), "n1", "n2")
+    cluster.commit("n1", 2)
+    cluster.elect("n3", 2, ("n2", "n3"))
+
+
+def a_match_that_is_not_on_the_disk() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), "n1")
+    cluster.kernel("n1").raft._peers.append(SimpleNamespace(match=2, node_id="n2"))
+    cluster.turn("n1")
+
+
+def a_command_that_is_left_out() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), *NAMES)
+    cluster.commit("n1", 2)
+    cluster.kernel("n1").machine.applied_index = 2
+    cluster.turn("n1")
+
+
+def a_command_that_is_applied_twice() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), *NAMES)
+    cluster.apply("n1", command(1, 2))
+    cluster.apply("n1", command(1, 2))
+    cluster.turn("n1")
+
+
+def something_applied_that_is_not_committed() -> None:
+    cluster = begun()
+    cluster.kernel("n1").machine.applied_index = 2
+    cluster.turn("n1")
+
+
+def a_state_that_goes_back() -> None:
+    cluster = begun()
+    cluster.kernel("n1").machine.applied_index = 0
+    cluster.turn("n1")
+
+
+def another_reply() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), *NAMES)
+    cluster.apply("n1", command(1, 2), GOOD)
+    cluster.apply("n2", command(1, 2), encode((0, 1)))
+
+
+def other_effects() -> None:
+    cluster = begun()
+    cluster.replicate(command(1, 2), *NAMES)
+    cluster.apply("n1", command(1, 2), GOOD)
+    cluster.apply("n2", command(1, 2), GOOD, SessionEnded(1, "expired"))
+
+
+def another_state_at_an_interval() -> None:
+    cluster = begun()
+    for index in range(2, invariants.DIGEST_EVERY + 1):
+        cluster.replicate(command(1, index), *NAMES)
+        for name in ("n1", "n2"):
+            cluster.members[name].state = b"state of %s" % name.encode()
+            cluster.apply(name, command(1, index))
+            cluster.turn(name)
+
+
+def another_state_from_a_snapshot() -> None:
+    cluster = begun()
+    for index in range(2, invariants.DIGEST_EVERY + 1):
+        cluster.replicate(command(1, index), *NAMES)
+        cluster.apply("n1", command(1, index))
+        cluster.turn("n1")
+    other = cluster.members["n3"] = Member("n3")
+    other._kernel.machine.applied_index = invariants.DIGEST_EVERY
+    other.state = b"something else"
+    meta = SnapshotMeta(invariants.DIGEST_EVERY, 1, CONFIGURATION)
+    cluster.seen.started(other, RecoveredGroup(HardState(1, "n1"), meta, []))
+
+
+def another_state_at_the_end() -> None:
+    cluster = begun()
+    cluster.members["n2"].state = b"something else"
+    cluster.seen.finish(list(cluster.members.values()))
+
+
+def different_numbers_of_entries_at_the_end() -> None:
+    cluster = begun()
+    cluster.kernel("n2").machine.applied_index = 0
+    cluster.seen.finish(list(cluster.members.values()))
+
+
+def a_command_that_is_executed_twice() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.map_put(b"m", b"k", b"v"), 1, 2, reply=encode((0, 1)))
+    cluster.happen(commands.map_put(b"m", b"k", b"v"), 1, 2, reply=encode((0, 2)))
+
+
+def an_acquisition_that_is_executed_twice() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.release(LOCK, 1), 1, 2)
+    cluster.happen(commands.release(LOCK, 1), 1, 2, effects=(LockGranted(2, 1, LOCK, 6),))
+
+
+def a_command_of_a_session_that_has_ended() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.close_session(), 2, 1, effects=(SessionEnded(2, "closed"),))
+    cluster.happen(commands.map_put(b"m", b"k", b"v"), 2, 2, reply=encode((0, 1)))
+
+
+def a_token_that_falls() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.acquire(b"gate"), 2, 1, reply=granted(4))
+
+
+def a_token_that_is_given_again() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.release(LOCK, 1), 1, 2)
+    cluster.happen(commands.acquire(LOCK), 2, 1, reply=granted(5))
+
+
+def two_holders() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.acquire(LOCK), 2, 1, reply=granted(6))
+
+
+def two_holders_by_a_grant_to_a_waiter() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.map_put(b"m", b"k", b"v"), 1, 2, effects=(LockGranted(2, 1, LOCK, 6),))
+
+
+def a_holder_whose_session_has_ended() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.close_session(), 2, 1, effects=(SessionEnded(2, "closed"),))
+    cluster.happen(commands.release(LOCK, 1), 1, 2, effects=(LockGranted(2, 1, LOCK, 6),))
+
+
+def a_read_from_before() -> None:
+    cluster = begun()
+    _read(cluster, committed=5, answered=4)
+
+
+def _read(cluster: Cluster, *, committed: int, answered: int, is_lease_trusted: bool = True) -> list[Any]:
+    """What comes out of a core that was asked when `committed` was, and answers from `answered`."""
+    raft: Any = RawNode.__new__(RawNode)
+    asked: list[Any] = []
+
+    def ready(_: Any) -> Any:
+        return SimpleNamespace(reads=[(context, answered) for context in asked], failed_reads=[])
+
+    cluster.seen.committed_max = committed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RawNode, "request_read", lambda _, context, *, by_quorum=False: asked.append(context))
+        patch.setattr(RawNode, "ready", ready)
+        with watched_reads(cluster.seen, is_lease_trusted=is_lease_trusted):
+            patch.setattr(raft, "node_id", "n1", raising=False)
+            patch.setattr(raft, "term", 1, raising=False)
+            raft.request_read("context")
+            return list(raft.ready().reads)
+
+
+def a_session_that_ends_under_its_owner() -> None:
+    cluster = with_sessions()
+    cluster.kernel("n2").session.view.session_id = 2
+    cluster.members["n2"].clock_ms = 999
+    cluster.turn("n2")
+    cluster.happen(commands.expire_sessions([2]), effects=(SessionEnded(2, "expired"),))
+
+
+def a_process_that_never_rests() -> None:
+    cluster = begun()
+    for _ in range(ROUNDS_PER_SECOND_MAX + 1):
+        cluster.turn("n3")
+
+
+VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
+    "election safety": (two_leaders, two_leaders_by_their_messages),
+    "one vote": (two_votes, two_votes_over_a_restart),
+    "term order": (a_term_that_falls, a_term_that_is_forgotten),
+    "durable promise": (
+        a_vote_before_its_disk,
+        a_candidacy_before_its_disk,
+        an_acknowledgement_before_its_disk,
+        an_acknowledgement_in_a_term_that_is_not_on_the_disk,
+        an_append_without_a_vote_of_its_own,
+    ),
+    "synced write": (a_write_that_is_not_synced,),
+    "recovered log": (an_entry_that_is_gone, an_entry_that_nobody_wrote, a_snapshot_that_is_gone),
+    "log matching": (two_entries_of_one_index_and_term, one_entry_after_two_predecessors),
+    "commit safety": (
+        what_is_committed_is_replaced,
+        what_is_committed_is_cut_off,
+        two_commit_differently,
+        a_commit_index_that_falls,
+        a_snapshot_of_what_is_not_committed,
+    ),
+    "commit quorum": (a_commit_without_a_quorum,),
+    "commit term": (a_commit_of_an_earlier_term_by_counting,),
+    "leader completeness": (a_leader_that_lacks_what_is_committed,),
+    "match index": (a_match_that_is_not_on_the_disk,),
+    "applied order": (
+        a_command_that_is_left_out,
+        a_command_that_is_applied_twice,
+        something_applied_that_is_not_committed,
+        a_state_that_goes_back,
+    ),
+    "same reply": (another_reply, other_effects),
+    "same state": (
+        another_state_at_an_interval,
+        another_state_from_a_snapshot,
+        another_state_at_the_end,
+        different_numbers_of_entries_at_the_end,
+    ),
+    "exactly once": (
+        a_command_that_is_executed_twice,
+        an_acquisition_that_is_executed_twice,
+        a_command_of_a_session_that_has_ended,
+    ),
+    "fencing token": (a_token_that_falls, a_token_that_is_given_again),
+    "one holder": (two_holders, two_holders_by_a_grant_to_a_waiter, a_holder_whose_session_has_ended),
+    "current read": (a_read_from_before,),
+    "session belief": (a_session_that_ends_under_its_owner,),
+    "busy loop": (a_process_that_never_rests,),
+}
+
+
+def test_the_table_names_what_is_checked_and_nothing_else() -> None:
+    """Each row of the module's table has a violation here; and no check goes by a name that the table does not have."""
+    rows = re.findall(r"^([a-z]+(?: [a-z]+)*)  +\S", invariants.__doc__ or "", re.MULTILINE)
+    assert sorted(rows) == sorted(VIOLATIONS)
+    with open(invariants.__file__, encoding="utf-8") as source:
+        raised = set(re.findall(r'Violation\(\s*"([a-z ]+)"', source.read()))
+    assert raised == set(VIOLATIONS)
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong"),
+    [
+        pytest.param(check, wrong, id=f"{check}: {wrong.__name__.replace('_', ' ')}")
+        for check, all_wrong in VIOLATIONS.items()
+        for wrong in all_wrong
+    ],
+)
+def test_a_violation_is_noticed_by_its_name(check: str, wrong: Callable[[], None]) -> None:
+    """By the first of the checks that can see it, which is the one that says what is wrong."""
+    with pytest.raises(Violation) as caught:
+        wrong()
+    assert caught.value.check == check, caught.value
+
+
+def test_an_owner_that_has_given_up_may_lose_its_session() -> None:
+    """At the moment at which its promise ends, it does not count on it any more."""
+    cluster = with_sessions()
+    cluster.kernel("n2").session.view.session_id = 2
+    cluster.members["n2"].clock_ms = 1000
+    cluster.turn("n2")
+    cluster.happen(commands.expire_sessions([2]), effects=(SessionEnded(2, "expired"),))
+    assert cluster.marks.counts["session_expired"] == 1
+
+
+def test_a_read_may_know_more_than_it_must_and_keeps_its_context() -> None:
+    """Nothing of the watching is left in what production gets back; and a lease that nobody trusts may be late."""
+    assert _read(begun(), committed=5, answered=5) == [("context", 5)]
+    assert _read(begun(), committed=5, answered=4, is_lease_trusted=False) == [("context", 4)]
+
+
+def test_a_damaged_disk_may_have_forgotten() -> None:
+    """Less is expected of it, and a leader may believe for a while what it had."""
+    cluster = begun()
+    cluster.kernel("n1").raft._peers.append(SimpleNamespace(match=1, node_id="n2"))
+    cluster.members["n2"] = Member("n2")
+    cluster.seen.started(cluster.members["n2"], None, is_damaged=True)
+    cluster.turn("n1")
+
+
+def test_what_was_being_written_may_be_there_or_not() -> None:
+    """After a crash within a write, either is what a disk may hold; and that is a mark each."""
+    for is_kept in (True, False):
+        cluster = begun()
+        entries = list(cluster.kernel("n2").raft.log.entries)
+        cluster.seen.writing(cluster.members["n2"], Persist(0, None, [command(1, 2)]))
+        cluster.restart("n2", HardState(1, "n1"), *entries, *([command(1, 2)] if is_kept else []))
+        assert cluster.marks.counts["restart_kept_unsynced" if is_kept else "restart_lost_unsynced"] == 1
+
+
+def test_marks_that_never_occurred_are_missing() -> None:
+    """Of those that are required; a mark that nobody asked for is only counted."""
+    counted = Marks(("b", "a", "c"))
+    for name in ("c", "more", "c"):
+        counted.hit(name)
+    assert counted.missing() == ["a", "b"]
+    assert counted.counts == {"c": 2, "more": 1}
+    assert Marks().missing() == sorted(marks.SOMETIMES)
