@@ -118,7 +118,7 @@ MUTANTS = (
                 "if (scan.is_proven and not _mutant_hit()) or not is_last:",
             ),
         ),
-        tests=("tests/storage",),
+        tests=("tests/storage/test_corruption.py",),
     ),
     Mutant(
         "checksum-of-a-batch-is-not-checked",
@@ -142,7 +142,7 @@ MUTANTS = (
                 "            if sequence is not None and found != sequence:",
             ),
         ),
-        tests=("tests/storage",),
+        tests=("tests/storage/test_corruption.py",),
         unseen="segments are not recycled and one batch is under way at a time, so that no crash leaves stale ones",
     ),
     Mutant(
@@ -160,6 +160,7 @@ MUTANTS = (
                 "(log.hard_state.term, log.last_index) != (state.term, index)",
             ),
         ),
+        tests=("tests/storage",),
     ),
     Mutant(
         "segments-are-removed-before-a-snapshot-covers-them",
@@ -183,7 +184,7 @@ MUTANTS = (
                 "            _mutant_hit()\n        return RecoveredGroup(log.hard_state",
             ),
         ),
-        tests=("tests/storage",),
+        tests=("tests/storage/test_contract.py",),
     ),
     Mutant(
         "restart-brings-truncated-entries-back",
@@ -195,6 +196,7 @@ MUTANTS = (
                 "            self.entries[position] = _mutant_hit(entry)\n",
             ),
         ),
+        tests=("tests/storage",),
     ),
     Mutant(
         "full-disk-is-not-an-error",

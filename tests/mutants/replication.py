@@ -60,6 +60,8 @@ MUTANTS = (
                 "self._commit_to(_mutant_hit(min(commit, log.last_index)))",
             ),
         ),
+        tests=("tests/raft/test_paper.py",),
+        unseen="a leader finds at once where two logs part, so that what its message leaves of the other is the same in both",
     ),
     Mutant(
         "log-is-cut-at-the-end-of-any-append",

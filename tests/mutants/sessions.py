@@ -45,6 +45,7 @@ MUTANTS = (
                 '            session = Session(id, _ID.pack(id), 3000, "", 0)\n            self._insert(session)\n',
             ),
         ),
+        tests=("tests/machine",),
     ),
     Mutant(
         "leader-expires-a-session-without-a-log-entry",

@@ -20,6 +20,7 @@ MUTANTS = (
                 "_mutant_hit([])",
             ),
         ),
+        tests=("tests/machine",),
     ),
     Mutant(
         "snapshot-lacks-the-queue-of-a-lock",
@@ -99,14 +100,14 @@ MUTANTS = (
         tests=("tests/raft",),
     ),
     Mutant(
-        "snapshot-claims-more-than-it-holds",
-        "etcd 3.5 #13766: the index stored with the state is not that of the state",
+        "snapshot-claims-less-than-it-holds",
+        "etcd 3.5 #13766: the index stored with the state is not that of the state, and entries are applied again",
         (
             replace(
                 "coordlib.node.transfer:SnapshotTaker.step",
-                "self._meta = SnapshotMeta(applied, log.term_at(applied), log.configuration_at(applied))",
-                "applied = _mutant_hit(self._raft.commit_index)\n"
-                "            self._meta = SnapshotMeta(applied, log.term_at(applied), log.configuration_at(applied))",
+                "            log = self._raft.log\n",
+                "            log = self._raft.log\n            if applied > log.start_index + 1:\n"
+                "                applied -= _mutant_hit(1)\n",
             ),
         ),
     ),
@@ -120,6 +121,7 @@ MUTANTS = (
                 "        if self.views and not _mutant_hit():\n",
             ),
         ),
+        tests=("tests/machine",),
     ),
     Mutant(
         "snapshot-is-not-synced",
@@ -139,7 +141,7 @@ MUTANTS = (
             replace(
                 _KERNEL + "_install",
                 "        self._to_apply.clear()\n",
-                "        _mutant_hit(self._to_apply) or self._to_apply.clear()\n",
+                "        self._to_apply and _mutant_hit()\n",
             ),
         ),
         tests=("tests/node",),

@@ -21,12 +21,14 @@ SEGMENT_2 = f"{DIRECTORY}/0000000000000002.log"
 IDENTITY = f"{DIRECTORY}/identity"
 
 
-def make_log(batches: int = 4, *, size: int = 40, is_closed: bool = False, **options: int) -> Driver:
+def make_log(
+    batches: int = 4, *, size: int = 40, vote: str = "a", is_closed: bool = False, **options: int
+) -> Driver:
     """A log of synced batches; not closed in order, unless asked for."""
     driver = Driver(SimulatedFileSystem(), Random(0), **options)
     driver.open()
     for index in range(1, batches + 1):
-        driver.write([Persist(0, HardState(index, "a"), make_entries(index, index, index, size))])
+        driver.write([Persist(0, HardState(index, vote), make_entries(index, index, index, size))])
     if is_closed:
         driver.storage.close()
     driver.fs.crash_with(lambda change: [change], lambda: True)
@@ -118,6 +120,17 @@ def test_a_batch_replaced_by_zeros_or_by_another_batch_is_corruption(position: i
         fs = driver.fs.clone()
         fs.overwrite(SEGMENT_1, start, data)
         assert_corrupt_and_untouched(fs)
+
+
+@pytest.mark.parametrize("position", [1, 2, 3])
+def test_a_batch_of_another_history_is_corruption_however_well_it_fits(position: int) -> None:
+    """Stale bytes of the same file, whole and with the right number: only the checksum before them is another."""
+    driver, other = make_log(), make_log(vote="b")
+    bounds = batch_bounds(driver.fs)
+    assert batch_bounds(other.fs) == bounds
+    start, end = bounds[position]
+    driver.fs.overwrite(SEGMENT_1, start, other.fs.content(SEGMENT_1)[start:end])
+    assert_corrupt_and_untouched(driver.fs)
 
 
 def test_damage_of_a_synced_write_is_seen_although_the_next_one_is_torn() -> None:
