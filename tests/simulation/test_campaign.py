@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -211,6 +212,18 @@ def test_another_trace_of_the_same_seed_fails(
     assert again == [0, 1]
     shown = capsys.readouterr().out
     assert ("the same seed is not the same run: [1]" in shown) == (differing is not None)
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+def test_a_hash_seed_is_only_for_the_processes_that_it_was_meant_for(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """Whoever asked for it has the environment of before."""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if before is not None:
+        monkeypatch.setenv("PYTHONHASHSEED", before)
+    assert list(campaign.run_seeds([], jobs=1, hash_seed="4711")) == []
+    assert os.environ.get("PYTHONHASHSEED") == before
 
 
 # -- what a run is ------------------------------------------------------------------------------------------

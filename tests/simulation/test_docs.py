@@ -67,6 +67,11 @@ def test_the_figures_are_the_codes() -> None:
     assert (FAULTS_MIN, LEADER_CHANGES_MIN, len(SERVICES)) == (10, 2, 6), (
         "said in words: ten, two, Six services"
     )
+    seeds = (ROOT / "tests/simulation/test_seeds.py").read_text(encoding="utf-8")
+    assert re.findall(r"^(?:SEEDS|TWICE) = (\d+)$", seeds, re.MULTILINE) == ["40", "10"]
+    assert "`make test` runs the first 40 seeds and ten of them twice" in text
+    assert "make simulate SEEDS=300 TWICE=40" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "`.ci/run` the first 300 and 40 of them twice" in text
 
 
 def test_every_target_that_a_page_names_is_made() -> None:
