@@ -233,7 +233,7 @@ class MemberKernel:
         if peer.announce is not None and peer.incarnation == incarnation:
             # What we had to answer could not be sent while there was no connection. What an earlier run announced is
             # not for this one to answer for: its directory may have been given back since.
-            self._on_announce(name, peer.announce, now)
+            self._on_announce(name, peer.announce, now, is_repeated=True)
         if self.raft is not None:
             self.raft.report_reachable(name)
             if name == self.session.leader:
@@ -283,15 +283,18 @@ class MemberKernel:
                 continue
             raft.step(name, message)
 
-    def _on_announce(self, name: str, message: Announce, now: int) -> None:
-        result = self.peers.heard(name, message)
+    def _on_announce(self, name: str, message: Announce, now: int, *, is_repeated: bool = False) -> None:
+        result = self.peers.heard(name, message, is_repeated=is_repeated)
         if isinstance(result, DiskIdentity):
             self._pending_identity = result
         elif result is not None:
             self._send(name, result)
-        if message.wants_answer and self.is_formed:
+        peer = self.peers.known[name]
+        # One that seems to be behind may only have announced itself before its last acknowledgement, which came first.
+        # It is told what is remembered of it, and says so (below).
+        if self.is_formed and not is_repeated and (message.wants_answer or peer.is_behind):
             self._announce(name)
-        if self.raft is not None and self.peers.known[name].is_trusted:
+        if self.raft is not None and peer.is_trusted:
             if message.remembered_index:
                 self.raft.bar_until(message.remembered_term, message.remembered_index)
                 if self.raft.is_barred and not self._was_barred:
@@ -303,6 +306,11 @@ class MemberKernel:
                         f"{message.remembered_index}): no vote until it has caught up. Was an old copy of data_dir put back?",
                         remembered_index=message.remembered_index,
                     )
+                elif not self.raft.is_barred and peer.announced < (
+                    message.remembered_term,
+                    message.remembered_index,
+                ):
+                    self._announce(name)
             self.raft.report_reachable(name)
 
     def _on_form(self, name: str, message: Form, now: int) -> None:

@@ -32,6 +32,7 @@ class Peer:
 
     __slots__ = (
         "announce",
+        "announced",
         "incarnation",
         "is_behind",
         "is_trusted",
@@ -46,6 +47,7 @@ class Peer:
         self.is_up = False  # our connection to it is established
         self.incarnation = 0
         self.announce: Announce | None = None
+        self.announced = (0, 0)  # (last term, last index) that we announced to it
         self.is_trusted = False
         self.remembered = (0, 0)  # (term, index) that its disk acknowledged to us
         self.is_behind = (
@@ -88,7 +90,9 @@ class Peers:
         return bool(self.identity.cluster_uuid)
 
     def announce_to(self, name: str, hard_term: int, last_term: int, last_index: int) -> Announce:
-        remembered = self.known[name].remembered
+        peer = self.known[name]
+        peer.announced = (last_term, last_index)
+        remembered = peer.remembered
         disks = tuple((node, self.disks.get(node, b"")) for node in self._members)
         return Announce(
             cluster_uuid=self.identity.cluster_uuid,
@@ -109,9 +113,11 @@ class Peers:
         announce = self.known[name].announce
         return self.is_formed and (announce is None or not announce.cluster_uuid)
 
-    def heard(self, name: str, announce: Announce) -> Refusal | Form | DiskIdentity | None:
+    def heard(
+        self, name: str, announce: Announce, *, is_repeated: bool = False
+    ) -> Refusal | Form | DiskIdentity | None:
         """
-        Take a peer's announcement.
+        Take a peer's announcement, or take it again (`is_repeated`): its disk has gone on since.
 
         Returns what to send to it, or the identity to write down (this node forms a cluster), or None.
 
@@ -122,8 +128,9 @@ class Peers:
         peer.announce = announce
         peer.is_trusted = False
         peer.problem = ""
-        peer.is_behind = (announce.last_term, announce.last_index) < peer.remembered
-        if peer.is_behind:
+        if not is_repeated:
+            peer.is_behind = (announce.last_term, announce.last_index) < peer.remembered
+        if peer.is_behind and not is_repeated:
             self._say(
                 logging.ERROR,
                 "disk.behind",

@@ -202,7 +202,7 @@ class SimulatedFileSystem:
         self._locks: set[str] = set()
         self._condemned: dict[str, str] = {}
         self._faults: dict[str, _Fault] = {}
-        self._before_damage: dict[_Inode, tuple[bytes, bytes]] = {}  # (buffered, durable)
+        self._before_damage: dict[_Inode, tuple[str, bytes, bytes]] = {}  # (buffered, durable)
 
     # -- the FileSystem interface --------------------------------------------------------------------
 
@@ -392,16 +392,22 @@ class SimulatedFileSystem:
         """Change a file behind everybody's back into `content`, which is on the disk, until `repair`."""
         inode = self._names[path]
         if inode not in self._before_damage:
-            self._before_damage[inode] = (bytes(inode.buffered), bytes(inode.durable))
+            self._before_damage[inode] = (path, bytes(inode.buffered), bytes(inode.durable))
         inode.buffered[:] = content
         inode.durable[:] = content
         inode.pending.clear()
 
     def repair(self) -> None:
-        """Give damaged files their content of before, as from a mirror; nobody may have written to them since."""
-        for inode, (buffered, durable) in self._before_damage.items():
+        """
+        Give damaged files their content of before, as from a mirror; nobody may have written to them since. One that was
+        taken for unfinished and removed is put back.
+        """
+        for inode, (path, buffered, durable) in self._before_damage.items():
             inode.buffered[:] = buffered
             inode.durable[:] = durable
+            inode.pending.clear()
+            self._pending_names = [change for change in self._pending_names if change.inode is not inode]
+            self._names[path] = self._durable_names[path] = inode
         self._before_damage.clear()
 
     def accept_damage(self) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from coordlib.api.maps import _MapBase
 from coordlib.errors import StartError
 from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.processes import MemberProcess
+from coordlib.testing.simulation.surroundings import NetworkProfile
 from coordlib.testing.simulation.world import World
 from coordlib.wire.messages import Announce, Refusal
 
@@ -252,3 +254,29 @@ def test_a_disk_that_is_behind_its_word_does_not_elect_a_leader(world: World) ->
         ),
     )
     assert world.fatal == []
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_reconnect_does_not_make_a_member_look_as_if_its_disk_had_lost_something(count: int) -> None:
+    """What it announced at its start is not what its disk holds now. Found by review, and by seed 2208."""
+    with World(5, members=count, network=NetworkProfile(late_chance=0.0)) as world:
+        world.start_all()
+        assert world.run(PATIENCE_MS, lambda: all_work(world))
+        leader = world.leader
+        assert leader is not None
+        other, *rest = [process for process in world.up_members if process is not leader]
+        for process in rest:
+            process.crash()
+        world.run(1500)
+        pairs = [(leader.name, other.name), (other.name, leader.name)]
+        world.hold_all(pairs)
+        for number in range(3):  # the leader's log becomes the longer one: it needs the other's vote
+            leader.start_operation(_MapBase("m", None, 3000)._put_gen("k", number, None))
+        world.run(50)
+        for link in world.links():
+            if link.dialer.process is leader and link.endpoint == world.members[other.name]:
+                link.dialer.reset(link)
+        world.run(3000)
+        world.release_all(pairs)
+        assert world.run(5000, lambda: all_work(world))
+        assert not any(event_names(process).count("disk.behind") for process in world.up_members)
