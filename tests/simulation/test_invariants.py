@@ -294,10 +294,23 @@ def a_snapshot_that_is_gone() -> None:
     cluster.restart("n2", HardState(1, "n1"), command(1, 2))
 
 
+def a_log_that_begins_behind_what_its_snapshot_stood_for() -> None:
+    cluster = begun()
+    cluster.write("n2", command(1, 2), command(1, 3), command(1, 4))
+    cluster.restart("n2", HardState(1, "n1"), command(1, 4), snapshot=SnapshotMeta(3, 1, CONFIGURATION))
+    cluster.restart("n2", HardState(1, "n1"), command(1, 3), command(1, 4))
+
+
 def two_entries_of_one_index_and_term() -> None:
     cluster = begun()
     cluster.replicate(command(1, 2, b"one"), "n1")
     cluster.replicate(command(1, 2, b"other"), "n2")
+
+
+def another_entry_than_one_whose_predecessor_is_not_known() -> None:
+    cluster = begun()
+    cluster.seen.wrote(cluster.members["n2"], Persist(0, None, [command(1, 5, b"one")]))
+    cluster.seen.wrote(cluster.members["n3"], Persist(0, None, [command(1, 4), command(1, 5, b"other")]))
 
 
 def one_entry_after_two_predecessors() -> None:
@@ -458,6 +471,11 @@ def a_command_of_a_session_that_has_ended() -> None:
     cluster.happen(commands.map_put(b"m", b"k", b"v"), 2, 2, reply=encode((0, 1)))
 
 
+def an_answer_to_another_command() -> None:
+    cluster = with_sessions()
+    cluster.happen(commands.acquire(b"gate"), 2, 1, reply=encode((0, 17)))
+
+
 def a_token_that_falls() -> None:
     cluster = with_sessions()
     cluster.happen(commands.acquire(b"gate"), 2, 1, reply=granted(4))
@@ -535,8 +553,17 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
         an_append_without_a_vote_of_its_own,
     ),
     "synced write": (a_write_that_is_not_synced,),
-    "recovered log": (an_entry_that_is_gone, an_entry_that_nobody_wrote, a_snapshot_that_is_gone),
-    "log matching": (two_entries_of_one_index_and_term, one_entry_after_two_predecessors),
+    "recovered log": (
+        an_entry_that_is_gone,
+        an_entry_that_nobody_wrote,
+        a_snapshot_that_is_gone,
+        a_log_that_begins_behind_what_its_snapshot_stood_for,
+    ),
+    "log matching": (
+        two_entries_of_one_index_and_term,
+        another_entry_than_one_whose_predecessor_is_not_known,
+        one_entry_after_two_predecessors,
+    ),
     "commit safety": (
         what_is_committed_is_replaced,
         what_is_committed_is_cut_off,
@@ -565,6 +592,7 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
         a_command_that_is_executed_twice,
         an_acquisition_that_is_executed_twice,
         a_command_of_a_session_that_has_ended,
+        an_answer_to_another_command,
     ),
     "fencing token": (a_token_that_falls, a_token_that_is_given_again),
     "one holder": (two_holders, two_holders_by_a_grant_to_a_waiter, a_holder_whose_session_has_ended),
