@@ -38,7 +38,7 @@ class LockGranted(NamedTuple):
 
 
 class LockWithdrawn(NamedTuple):
-    """An acquisition, held or waiting, was removed otherwise than by its own release."""
+    """An acquisition was removed: one that was held otherwise than by its own release, one that waited anyhow."""
 
     session: int
     sequence: int

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from coordlib.api.locks import _LockBase
 from coordlib.cbor import encode
 from coordlib.config import Timing
-from coordlib.errors import CoordError, Overloaded, SessionExpired, UsageError
+from coordlib.errors import CoordError, LockTimeout, Overloaded, SessionExpired, UsageError
 from coordlib.machine import Machine, commands
 from coordlib.machine.limits import Limits
 from coordlib.node import service as module
 from coordlib.node.service import RequestService, Source
 from coordlib.raft import RaftConfig, RawNode
 from coordlib.raft.messages import Configuration, Entry, EntryKind, HardState, SnapshotMeta
+from coordlib.testing.simulation.processes import MemberProcess, Operation
+from coordlib.testing.simulation.world import World
 from coordlib.wire.messages import Reply, ReplyStatus, Request, RequestKind
 
 TTL_MS = 4000
@@ -371,3 +374,31 @@ def test_an_expiry_of_many_that_is_refused_is_tried_again_in_a_while(monkeypatch
     leader.pass_time(200)
     leader.apply()
     assert not any(leader.machine.sessions.is_alive(session) for session in sessions)
+
+
+def test_a_wait_ends_with_the_acquisition_that_is_withdrawn() -> None:
+    """
+    Else a leader would keep every acquisition that timed out until its session ends, and at last refuse all.
+
+    Found by seed 0, once it was asked what is left behind.
+    """
+    with World(1) as world:
+        world.start_all()
+        assert world.run(15_000, lambda: all(p.kernel.has_usable_leader for p in world.up_members))
+        leader = world.leader
+        assert leader is not None
+        other = next(process for process in world.up_members if process is not leader)
+
+        def acquire(process: MemberProcess, timeout: float | None) -> Operation:
+            lock = _LockBase(process, "door", None, None, None)  # type: ignore[arg-type]  # stands for its cluster
+            operation = process.start_operation(lock._acquire_gen(timeout))
+            assert world.run(5000, lambda: operation.is_done)
+            return operation
+
+        assert acquire(other, None).error is None
+        for process in (leader, other):
+            assert isinstance(acquire(process, 0.05).error, LockTimeout)
+        world.run(1000)
+        service = leader.kernel.service
+        assert service is not None
+        assert (service._waits, service._waits_count) == ({}, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from coordlib.cbor import encode
 from coordlib.machine import commands
 from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
+from coordlib.node.effects import LogEvent
 from coordlib.raft import RawNode
 from coordlib.raft.messages import (
     AppendEntries,
@@ -28,7 +30,7 @@ from coordlib.raft.messages import (
 from coordlib.storage.base import Persist, RecoveredGroup
 from coordlib.testing.disk import PendingChange
 from coordlib.testing.simulation import invariants, marks
-from coordlib.testing.simulation.invariants import ROUNDS_PER_SECOND_MAX, Invariants, Violation, watched_reads
+from coordlib.testing.simulation.invariants import ROUNDS_MAX, Invariants, Violation, watched_reads
 from coordlib.testing.simulation.marks import Marks
 
 NAMES: Final = ("n1", "n2", "n3")
@@ -66,15 +68,26 @@ class Member:
         self.name = name
         self.is_up = True
         self.pending: list[tuple[str, PendingChange]] = []
-        self.fs = SimpleNamespace(pending=lambda: self.pending)
+        self.fs = SimpleNamespace(pending=lambda: self.pending, open_files=0)
+        self.events: list[LogEvent] = []
         self.state = b"state"
         self.clock_ms = 0
         self.clock = lambda: self.clock_ms
-        machine = SimpleNamespace(applied_index=0, digest=lambda: self.state, check_invariants=lambda: None)
+        machine = SimpleNamespace(
+            applied_index=0, digest=lambda: self.state, check_invariants=lambda: None, sessions=()
+        )
+        service = SimpleNamespace(
+            **dict.fromkeys(("_proposed", "_by_key", "_pending_of", "_held", "_reads", "_waits"), ()),
+            **dict.fromkeys(("_pending_bytes", "_reads_asked", "_waits_count"), 0),
+            _expiring={},
+        )
         view: Any = SimpleNamespace(session_id=0, valid_until_ms=1000)
         view.is_valid = lambda now_ms: now_ms < view.valid_until_ms
         raft = SimpleNamespace(term=0, is_leader=False, commit_index=0, log=Log(), _peers=[])
-        self._kernel = SimpleNamespace(raft=raft, machine=machine, session=SimpleNamespace(view=view))
+        session = SimpleNamespace(view=view)
+        self._kernel = SimpleNamespace(
+            raft=raft, machine=machine, session=session, service=service, _senders=None
+        )
 
 
 class Cluster:
@@ -537,8 +550,21 @@ def a_session_that_ends_under_its_owner() -> None:
 
 def a_process_that_never_rests() -> None:
     cluster = begun()
-    for _ in range(ROUNDS_PER_SECOND_MAX + 1):
+    for _ in range(ROUNDS_MAX + 1):
         cluster.turn("n3")
+
+
+def a_wait_that_nobody_ends() -> None:
+    cluster = begun()
+    cluster.kernel("n2").service._waits_count = 1
+    cluster.seen.finish([cluster.members["n2"]])
+
+
+def an_alarm_without_a_cause() -> None:
+    cluster = begun()
+    cluster.members["n2"].events.append(LogEvent(logging.ERROR, "disk.behind", "it holds less", {}))
+    cluster.seen.events(cluster.members["n2"], is_any_disk_spoiled=True)
+    cluster.seen.events(cluster.members["n2"], is_any_disk_spoiled=False)
 
 
 VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
@@ -599,6 +625,8 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
     "current read": (a_read_from_before,),
     "session belief": (a_session_that_ends_under_its_owner,),
     "busy loop": (a_process_that_never_rests,),
+    "false alarm": (an_alarm_without_a_cause,),
+    "left behind": (a_wait_that_nobody_ends,),
 }
 
 

@@ -24,6 +24,7 @@ from time import monotonic, process_time
 from typing import NamedTuple
 
 from coordlib.testing.history import HistoryWriter
+from coordlib.testing.simulation.faults import FAULT_KINDS
 from coordlib.testing.simulation.invariants import Violation
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import Plan, Reduction, draw_plan, loaded_plan
@@ -199,10 +200,14 @@ def _campaign(options: argparse.Namespace) -> int:
         print(f"{total.unknown} of {total.keys} histories got no verdict: more than one in a hundred")
         is_good = False
     missing = total.marks.missing()
-    if missing and len(seeds) >= MARKS_FROM_SEEDS:
+    if len(seeds) >= MARKS_FROM_SEEDS and not options.loaded:
+        unapplied = sorted(FAULT_KINDS.keys() - total.faults.keys())
+        if unapplied:
+            print(f"never had an effect: {', '.join(unapplied)}")
+            is_good = False
         for name in missing:
             print(f"never occurred: {name} ({MARKS[name]})")
-        is_good = False
+        is_good = is_good and not missing
     if total.failed:
         print(f"{len(total.failed)} seeds failed: {sorted(outcome.seed for outcome in total.failed)}")
     return 0 if is_good and not total.failed and not total.short else 1

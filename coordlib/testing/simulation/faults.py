@@ -25,7 +25,7 @@ from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.processes import MemberProcess, Process
 from coordlib.testing.simulation.world import Pair, World
 
-__all__ = ["FAULT_KINDS", "Fault", "FaultInjector", "draw_faults"]
+__all__ = ["FAULT_KINDS", "SPOILING_KINDS", "Fault", "FaultInjector", "draw_faults"]
 
 FAULT_INTERVAL_MS_MAX: Final = 4000
 LEADER_FAULT_INTERVAL_MS: Final = 12_000
@@ -88,6 +88,8 @@ FAULT_KINDS: Final[dict[str, _Kind]] = {
     "crash_at_start": _Kind("it loses power again while recovering", 50, 2000),
     "crash_all": _Kind("all machines lose power", 50, 4000),
     "kill_all": _Kind("all members are killed", 50, 4000),
+    "leave": _Kind("a member leaves in good order, a leader after handing over", 50, 4000),
+    "hand_over_leader": _Kind("the leader hands its office to another", 0, 0, 2),
     "restart_storm": _Kind("a member is killed as often as it has started", 500, 6000),
     "pause_leader": _Kind("the leader stands still", 300, 10_000),
     "pause": _Kind("a process stands still", 20, 120_000),
@@ -113,6 +115,9 @@ FAULT_KINDS: Final[dict[str, _Kind]] = {
     "pause_client": _Kind("a client stands still", 50, 20_000, 1, 1),
 }
 """Every kind of fault, with what it does in words."""
+
+SPOILING_KINDS: Final = frozenset({"bit_rot", "latent_rot", "wipe", "swap", "old_copy"})
+"""After these, a member's disk may rightly be called damaged, lost or behind."""
 
 LEADER_KINDS: Final = tuple(kind for kind in FAULT_KINDS if kind.endswith("_leader"))
 MINUTE_MS: Final = 60_000
@@ -589,6 +594,21 @@ class FaultInjector:
 
     def _kill_all(self, fault: Fault, chance: Stream) -> bool:
         return self._end_all(fault, chance, is_crash=False)
+
+    def _leave(self, fault: Fault, chance: Stream) -> bool:
+        member = self._some_member(chance)
+        if member is None:
+            return False
+        self._back_ms[member.name] = fault.duration_ms
+        member.leave()
+        return True
+
+    def _hand_over(self, fault: Fault, chance: Stream, target: MemberProcess) -> bool:
+        raft = target.kernel.raft
+        if raft is None or not raft.transfer_leadership():
+            return False
+        target.wake()
+        return True
 
     def _restart_storm(self, fault: Fault, chance: Stream) -> bool:
         member = self._some_member(chance)

@@ -28,6 +28,8 @@ one holder            a lock is granted to one acquisition of a living session a
 current read          what a leader answers a query from has all that was committed when it took the query up
 session belief        when the cluster ends a session for its silence, its owner has already stopped to count on it
 busy loop             no process runs more often than a bound allows
+false alarm           nobody is told of a damaged, wiped or swapped disk while no disk was
+left behind           when all is quiet, no member keeps a request, a read, a wait or a transfer
 ====================  ==============================================================================================
 """
 
@@ -62,10 +64,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Invariants", "Violation", "watched_reads"]
 
+ALARMS: Final = frozenset(
+    {"disk.behind", "disk.differs", "members.differ", "cluster.differs", "snapshot.unreadable"}
+)
+FILES_OPEN_MAX: Final = 8
+
 DIGEST_EVERY: Final = 128
 """States are compared at every so many applied entries; comparing takes as long as writing a snapshot."""
 
-ROUNDS_PER_SECOND_MAX: Final = 4000
+ROUNDS_MAX: Final = 8000
+ROUNDS_WITHIN_MS: Final = 10_000
+"""A timer that fires every millisecond for ever is already more than this."""
+
 _COMMAND: Final = int(EntryKind.COMMAND)
 _SKIPPED: Final = b"not a command"
 
@@ -130,7 +140,7 @@ class _Disk:
 class _Life:
     """What was seen of one process from its start to its end."""
 
-    __slots__ = ("applied", "commands", "commit", "rounds", "second", "term", "was_leader")
+    __slots__ = ("applied", "commands", "commit", "must_compare", "rounds", "term", "was_leader", "window")
 
     def __init__(self, term: int, index: int) -> None:
         self.term = term
@@ -138,7 +148,8 @@ class _Life:
         self.applied = index
         self.commands: list[int] = []  # indexes of commands applied since `applied`
         self.was_leader = False
-        self.second = -1
+        self.window = -1
+        self.must_compare = False  # it has just taken over a snapshot
         self.rounds = 0
 
 
@@ -289,6 +300,12 @@ class Invariants:
                     "commit safety", f"{name} installs a snapshot at {index}, which is not committed"
                 )
             life.commit = max(life.commit, index)
+            life.must_compare = True
+
+    def snapshotting(self, process: MemberProcess, index: int) -> None:
+        """A snapshot is begun: if it is of the member's own state, that is what whoever takes it over must have."""
+        if process._kernel.machine.applied_index == index:
+            self._compare_state(process)
 
     def _note_entries(self, name: str, entries: Sequence[Entry]) -> None:
         if not entries:
@@ -377,12 +394,14 @@ class Invariants:
         life = self._lives.get(process.name)
         if life is None:
             return
-        second = now_ms // 1000
-        if second != life.second:
-            life.second, life.rounds = second, 0
+        window = now_ms // ROUNDS_WITHIN_MS
+        if window != life.window:
+            life.window, life.rounds = window, 0
         life.rounds += 1
-        if life.rounds > ROUNDS_PER_SECOND_MAX:
-            raise Violation("busy loop", f"{process.name} ran {life.rounds} rounds within a second")
+        if life.rounds > ROUNDS_MAX:
+            raise Violation(
+                "busy loop", f"{process.name} ran {life.rounds} rounds within {ROUNDS_WITHIN_MS} ms"
+            )
         raft = process._kernel.raft
         if raft is None:
             return
@@ -418,6 +437,9 @@ class Invariants:
         if commit != life.commit:
             self._committed_to(process, life, commit)
         applied = process._kernel.machine.applied_index
+        if life.must_compare:
+            life.must_compare = False
+            self._compare_state(cast("MemberProcess", process))  # only members have lives
         if applied != life.applied:
             self._applied_to(process.name, life, applied)
 
@@ -554,13 +576,44 @@ class Invariants:
         life.commands = []
 
     def finish(self, processes: Sequence[MemberProcess]) -> None:
-        """Everything is healed and quiet: the members' states are one and the same."""
+        """Everything is healed and quiet: the members' states are one and the same, and nothing is left to do."""
         applied = {process.name: process._kernel.machine.applied_index for process in processes}
         if len(set(applied.values())) > 1:
             raise Violation("same state", f"the members applied different numbers of entries: {applied}")
         for process in processes:
             self._compare_state(process)
             process._kernel.machine.check_invariants()
+            self._check_leftovers(process)
+
+    @staticmethod
+    def _check_leftovers(process: MemberProcess) -> None:
+        kernel = process._kernel
+        service = kernel.service
+        assert service is not None
+        left = {
+            "proposed": len(service._proposed) + len(service._by_key) + len(service._pending_of),
+            "proposed bytes": service._pending_bytes,
+            "held": len(service._held),
+            # Keep-alives go on: one of each session may be on its way.
+            "reads": max(0, len(service._reads) + service._reads_asked - len(kernel.machine.sessions)),
+            "waits": len(service._waits) + service._waits_count,
+            "keep-alives": sum(map(len, service._expiring.values())),
+            "snapshots on the way": len(kernel._senders.followers) if kernel._senders is not None else 0,
+            "files open": max(0, process.fs.open_files - FILES_OPEN_MAX),
+        }
+        if any(left.values()):
+            raise Violation(
+                "left behind", f"{process.name} still has { ({k: v for k, v in left.items() if v}) }"
+            )
+
+    @staticmethod
+    def events(process: SimulatedProcess, *, is_any_disk_spoiled: bool) -> None:
+        """What a process has logged over its life."""
+        if is_any_disk_spoiled:
+            return
+        for event in process.events:
+            if event.name in ALARMS:
+                raise Violation("false alarm", f"{process.name} says: {event.message}")
 
 
 class _Asked(NamedTuple):

@@ -177,6 +177,7 @@ class SimulatedProcess(Driver):
         self.is_paused = False
         self.is_crashed_within = False  # it ended between two effects of a turn
         self.fatal: CoordError | None = None
+        self._is_closing = False
         self.lag_ms = 0  # how much of this round has passed in system calls
         self.effects_left: int | None = None  # sends until the crash
         self.offset = chance.randint(0, 10_000_000)
@@ -287,6 +288,14 @@ class SimulatedProcess(Driver):
         else:
             self.wake()
 
+    def leave(self, patience_ms: int = 3000) -> None:
+        """Leave in good order, as `close()` of the cluster does: the session ends, the leadership is handed over."""
+        if self.is_up and not self._is_closing:
+            self._is_closing = True
+            now = self.clock()
+            self._kernel.begin_close(now, now + patience_ms)
+            self.wake()
+
     def submit(self, call: Call) -> None:
         self._submitted.append(call)
         self.wake()
@@ -309,6 +318,11 @@ class SimulatedProcess(Driver):
         late_ms, self._late_ms = self._late_ms, 0
         try:
             self._turn(kernel, links, events, now, late_ms)
+            if self._is_closing and kernel.has_left(now):
+                self._carry_out(kernel, now)
+                self._observe_turn()
+                self.kill()
+                return
         except CrashNow:
             self._observe_turn()
             self.is_crashed_within = True
@@ -403,6 +417,8 @@ class _Storage(SegmentStorage):
                 observer.wrote(self.process, item)
 
     def create_snapshot(self, group: int, meta: SnapshotMeta) -> _SlowWriter:  # type: ignore[override]  # same contract
+        if self.process.observer is not None:
+            self.process.observer.snapshotting(self.process, meta.index)
         return _SlowWriter(super().create_snapshot(group, meta), self.process)
 
 

@@ -23,7 +23,7 @@ from coordlib.raft import RaftConfig
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation import marks, workload
 from coordlib.testing.simulation.choices import Choices
-from coordlib.testing.simulation.faults import Fault, FaultInjector
+from coordlib.testing.simulation.faults import SPOILING_KINDS, Fault, FaultInjector
 from coordlib.testing.simulation.invariants import Invariants, Violation, watched_reads
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import Plan, draw_plan
@@ -137,7 +137,7 @@ class _Run:
             self.world,
             plan.faults,
             on_restart=self.workload.start,
-            on_end=self.workload.process_ended,
+            on_end=self._ended,
             marks=self.marks,
         )
         self._probes = 0
@@ -167,6 +167,14 @@ class _Run:
             probe_size_bytes_max=plan.probe_size_bytes_max,
             inflight_messages_max=plan.inflight_messages_max,
         )
+
+    def _ended(self, process: Process) -> None:
+        self.workload.process_ended(process)
+        self._look_at_events(process)
+
+    def _look_at_events(self, process: Process) -> None:
+        spoiling = self.injector.applied.keys() & SPOILING_KINDS
+        self.invariants.events(process, is_any_disk_spoiled=bool(spoiling))
 
     # -- phases --------------------------------------------------------------------------------------------
 
@@ -221,6 +229,8 @@ class _Run:
         self._await(QUIET_MS_MAX, "the members do not become equal", self._is_settled)
         self._check()
         self.invariants.finish(world.up_members)
+        for process in world.processes.values():
+            self._look_at_events(process)
         reader = world.up_members[Choices(self.plan.seed).stream("reader").randrange(len(world.up_members))]
         self._carry_through(reader, workload.finish(reader))
         self._check()
