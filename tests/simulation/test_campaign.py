@@ -19,6 +19,7 @@ from coordlib.testing.checkers import check
 from coordlib.testing.history import load
 from coordlib.testing.simulation import campaign
 from coordlib.testing.simulation.campaign import MARKS_FROM_SEEDS, Outcome, main
+from coordlib.testing.simulation.faults import FAULT_KINDS
 from coordlib.testing.simulation.invariants import Violation
 from coordlib.testing.simulation.plan import Plan, draw_plan
 from coordlib.testing.simulation.run import MARKS, Report, simulate
@@ -50,7 +51,7 @@ def good(seed: int, **more: Any) -> Outcome:
     report = Report(
         seed,
         operations=200,
-        faults=Counter(kill=20),
+        faults=Counter(FAULT_KINDS.keys()),
         leader_changes=5,
         simulated_ms=60_000,
         marks=Counter(MARKS),
