@@ -188,11 +188,21 @@ def test_a_situation_that_never_occurred_fails_a_large_campaign(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
     """It is named, in words; few seeds need not meet everything."""
-    met = Counter({name: 1 for name in MARKS if name != "late_leader"})
+    met = Counter({name: 1 for name in MARKS if name != "truncated_two_terms"})
     stage(monkeypatch, lambda seed, _: good(seed, marks=met))
     is_large = count == MARKS_FROM_SEEDS
     assert main(["--seeds", str(count)]) == is_large
-    assert ("never occurred: late_leader (a leader was elected" in capsys.readouterr().out) == is_large
+    assert ("never occurred: truncated_two_terms (... and they were" in capsys.readouterr().out) == is_large
+
+
+def test_a_fault_that_never_had_an_effect_fails_a_large_campaign(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What befell nobody was not survived."""
+    applied = Counter(FAULT_KINDS.keys() - {"old_copy"})
+    stage(monkeypatch, lambda seed, _: good(seed, faults=applied))
+    assert main(["--seeds", str(MARKS_FROM_SEEDS)]) == 1
+    assert "never had an effect: old_copy\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("differing", [None, 1])

@@ -18,7 +18,6 @@ SOMETIMES: dict[str, str] = {
     "snapshot_installed": "a member took over a leader's snapshot",
     "snapshot_recovered": "a member began from its own snapshot and the log after it",
     "leader_deposed": "a leader learned of its successor, or gave up for want of a quorum",
-    "late_leader": "a leader was elected in a term that was over elsewhere",
     "restart_lost_unsynced": "a power cut took what had not been synced",
     "restart_kept_unsynced": "... or left it, although nobody had been told",
     "crash_within_round": "a process ended between two effects of one round",
@@ -28,7 +27,7 @@ SOMETIMES: dict[str, str] = {
     "lock_handed_over": "a lock went from a dead or released holder to one who waited",
     "lock_holder_died": "a session ended while it held a lock",
 }
-"""What the invariants see for themselves, by name, in words. Faults and workloads add theirs with `require`."""
+"""What the invariants and faults see, by name, in words. Workloads name theirs (`run.MARKS` is all)."""
 
 
 class Marks:
