@@ -141,7 +141,8 @@ class Locks:
                 self.table.touch(name)
                 del lock.waiters[(session, sequence)]
                 self._forget(session, sequence)
-                effects.append(LockWithdrawn(session, sequence))  # or whoever waits for it would do so for ever
+                # Or whoever waits for it would do so for ever.
+                effects.append(LockWithdrawn(session, sequence))
                 return (0, AcquisitionState.QUEUED)
         return (0, AcquisitionState.NONE)
 
