@@ -230,7 +230,7 @@ MUTANTS = (
                 "message.is_granted and peer.is_behind and not _mutant_hit()",
             ),
         ),
-        tests=("tests/node", "tests/raft"),
+        tests=("tests/raft",),
     ),
     Mutant(
         "transfer-of-leadership-never-ends",

@@ -82,7 +82,8 @@ MUTANTS = (
             replace(
                 _REPLICATION + "_handle_append",
                 "self._acknowledge(sender, round_number, prev_index, index, entry_term)",
-                "self._acknowledge(sender, round_number, prev_index, log.last_index, log.last_term)",
+                "if log.last_index > index:\n            _mutant_hit()\n"
+                "        self._acknowledge(sender, round_number, prev_index, log.last_index, log.last_term)",
             ),
             replace(
                 _REPLICATION + "_handle_append_reply",
@@ -182,7 +183,8 @@ MUTANTS = (
             replace(
                 _REPLICATION + "_merge",
                 "if prev_index >= commit_index and log.term_at(prev_index) != message.prev_term:",
-                "if prev_index > log.last_index:",
+                "if prev_index > log.last_index or (prev_index >= commit_index "
+                "and log.term_at(prev_index) != message.prev_term and not _mutant_hit()):",
             ),
         ),
     ),

@@ -91,6 +91,7 @@ MUTANTS = (
                 "        if session in self._checkpointed and not _mutant_hit():\n",
             ),
         ),
+        tests=("tests/node/test_service.py",),
     ),
     Mutant(
         "retry-gets-a-new-sequence",
@@ -100,17 +101,6 @@ MUTANTS = (
                 _CLIENT + "flush",
                 "                if call.sequence == 0:\n",
                 "                if call.sequence == 0 or (call.attempts and _mutant_hit()):\n",
-            ),
-        ),
-    ),
-    Mutant(
-        "request-ids-begin-anew-with-the-process",
-        "ZeroMQ correlation over reconnects: an answer to the last run's request is taken for this one's",
-        (
-            replace(
-                _CLIENT + "__init__",
-                'self._request_id = int.from_bytes(random_bytes(4), "big")',
-                'self._request_id = _mutant_hit(int.from_bytes(random_bytes(4), "big") & 0)',
             ),
         ),
     ),
@@ -135,6 +125,7 @@ MUTANTS = (
                 "if call.kind == RequestKind.COMMAND and call.attempts > 1 and not _mutant_hit():",
             ),
         ),
+        tests=("tests/node/test_session.py",),
     ),
     Mutant(
         "loss-of-a-session-is-reported-as-failure",

@@ -85,7 +85,7 @@ MUTANTS = (
                 "elif meta.index > self.commit_index and log.term_at(meta.index) == meta.term:",
             ),
         ),
-        tests=("tests/node", "tests/raft"),
+        tests=("tests/raft/test_paper.py",),
     ),
     Mutant(
         "snapshot-throws-away-the-entries-after-it",
@@ -97,7 +97,7 @@ MUTANTS = (
                 "elif log.term_at(meta.index) == meta.term and not _mutant_hit():",
             ),
         ),
-        tests=("tests/raft",),
+        tests=("tests/raft/test_paper.py",),
     ),
     Mutant(
         "snapshot-claims-less-than-it-holds",
@@ -144,7 +144,6 @@ MUTANTS = (
                 "        self._to_apply and _mutant_hit()\n",
             ),
         ),
-        tests=("tests/node",),
     ),
     Mutant(
         "log-that-contradicts-the-snapshot-is-kept",
