@@ -147,4 +147,10 @@ def loaded_plan(seed: int) -> Plan:
         load=replace(plan.load, operations_per_second=50),
         faults=draw_faults(chance, members=5, clients=2, from_ms=2_000, to_ms=SAFETY_MS),
         is_sealed=False,
+        snapshot_entries=400,
+        entries_retained=50,
+        chunk_size_bytes=20_000,
+        append_entries_max=Plan.append_entries_max,
+        probe_size_bytes_max=Plan.probe_size_bytes_max,
+        inflight_messages_max=Plan.inflight_messages_max,
     )
