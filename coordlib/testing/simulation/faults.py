@@ -25,7 +25,7 @@ from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.processes import MemberProcess, Process
 from coordlib.testing.simulation.world import Pair, World
 
-__all__ = ["FAULT_KINDS", "SPOILING_KINDS", "Fault", "FaultInjector", "draw_faults"]
+__all__ = ["FAULT_KINDS", "FORMING_KINDS", "SPOILING_KINDS", "Fault", "FaultInjector", "draw_faults"]
 
 FAULT_INTERVAL_MS_MAX: Final = 4000
 LEADER_FAULT_INTERVAL_MS: Final = 12_000
@@ -119,6 +119,34 @@ FAULT_KINDS: Final[dict[str, _Kind]] = {
 SPOILING_KINDS: Final = frozenset({"bit_rot", "latent_rot", "wipe", "swap", "old_copy"})
 """After these, a member's disk may rightly be called damaged, lost or behind."""
 
+FORMING_KINDS: Final = frozenset(
+    {
+        "isolate_member",
+        "cut_pair",
+        "cut_one_way",
+        "halves",
+        "ring",
+        "bridge",
+        "random_graph",
+        "flapping",
+        "hold",
+        "reset",
+    }
+    | {
+        "reset_all",
+        "crash",
+        "kill",
+        "crash_within",
+        "crash_at_start",
+        "crash_all",
+        "kill_all",
+        "restart_storm",
+        "pause",
+    }
+    | {"suspend", "slow", "slow_disk"}
+)
+"""What may befall members that do not belong to a cluster yet."""
+
 LEADER_KINDS: Final = tuple(kind for kind in FAULT_KINDS if kind.endswith("_leader"))
 MINUTE_MS: Final = 60_000
 
@@ -183,6 +211,7 @@ class FaultInjector:
     Args:
         on_restart: Told of every process that takes the place of one that ended.
         on_end: Told of every process that ended, of whatever.
+        hits_unformed: Whether members are hit, too, that do not belong to a cluster yet.
 
     Attributes:
         applied: How often each kind had an effect. One that was planned and met nobody to hit does not count.
@@ -197,8 +226,10 @@ class FaultInjector:
         on_end: Callable[[Process], None] = lambda process: None,
         *,
         marks: Marks | None = None,
+        hits_unformed: bool = False,
     ) -> None:
         self.world = world
+        self._hits_unformed = hits_unformed
         self.faults = tuple(faults)
         self.applied: Counter[str] = Counter()
         self.gone: frozenset[str] = frozenset()
@@ -216,7 +247,7 @@ class FaultInjector:
         self._rotten: dict[str, str] = {}  # member -> the kind of the damage its disk has
         self._own_disks: dict[str, SimulatedFileSystem] = {}  # of members that run on another one
         self._is_changed: set[str] = set()  # members whose disk is not what they knew
-        world.on_end = self._ended
+        world.on_end = self.ended
 
     # -- the plan ------------------------------------------------------------------------------------------
 
@@ -254,7 +285,8 @@ class FaultInjector:
 
     # -- ends and restarts ---------------------------------------------------------------------------------
 
-    def _ended(self, process: Process) -> None:
+    def ended(self, process: Process) -> None:
+        """A process ended, of whatever; to be told by the world."""
         world, name = self.world, process.name
         self._on_end(process)
         back_ms = self._back_ms.pop(name, None)
@@ -390,7 +422,8 @@ class FaultInjector:
         members = [
             p
             for p in self.world.up_members
-            if not p.is_paused and p.name not in self._own_disks and p.kernel.is_formed
+            if not p.is_paused and p.name not in self._own_disks
+            if p.kernel.is_formed or self._hits_unformed
         ]
         return chance.choice(members) if members else None
 

@@ -23,6 +23,7 @@ SOMETIMES: dict[str, str] = {
     "crash_within_round": "a process ended between two effects of one round",
     "all_members_down": "no member was running",
     "storage_failed": "a disk failed, and its member stopped instead of going on",
+    "formed_under_faults": "a cluster formed, or had to, while things went wrong",
     "session_expired": "a session ran out",
     "lock_handed_over": "a lock went from a dead or released holder to one who waited",
     "lock_holder_died": "a session ended while it held a lock",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from coordlib.config import Timing
 from coordlib.testing.simulation.choices import Choices, Stream
-from coordlib.testing.simulation.faults import Fault, draw_faults
+from coordlib.testing.simulation.faults import FORMING_KINDS, Fault, draw_faults
 from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile
 from coordlib.testing.simulation.workload import Load, draw_load
 
@@ -20,6 +20,7 @@ __all__ = ["Plan", "Reduction", "draw_plan", "loaded_plan"]
 SAFETY_MS = 42_000
 LIVENESS_MS = 8_000
 TOTAL_MS = 60_000
+FORMING_MS = 4_000
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Plan:
     clock: ClockProfile
     load: Load
     faults: tuple[Fault, ...]
+    forming_faults: tuple[Fault, ...] = ()  # before there is a cluster
+    bootstrap: tuple[str, ...] = ()  # the members that are told to form one with a quorum
     is_sealed: bool = False
     reads_by_lease: bool = False
     segment_size_bytes: int = 64 * 1024
@@ -111,7 +114,13 @@ def draw_plan(seed: int) -> Plan:
         clock=ClockProfile.unbounded() if chance.random() < 0.05 else ClockProfile.draw(chance),
         load=load,
         faults=draw_faults(chance, members=members, clients=clients, from_ms=2_000, to_ms=SAFETY_MS),
-        is_sealed=chance.random() < 0.02,
+        forming_faults=_draw_forming_faults(chance, members),
+        bootstrap=tuple(
+            f"n{number}"
+            for number in range(1, members + 1)
+            if chance.random() < chance.choice((0.0, 0.0, 0.4))
+        ),
+        is_sealed=chance.random() < 0.04,
         reads_by_lease=chance.random() < 0.5,
         segment_size_bytes=chance.choice((8, 16, 64)) * 1024,
         snapshot_entries=chance.choice((20, 50, 100, 400, 20_000)),
@@ -122,6 +131,12 @@ def draw_plan(seed: int) -> Plan:
         # Large states in tiny pieces would only take longer than anybody waits.
         chunk_size_bytes=chance.choice((16 * 1024 if load.padding_size_bytes else 200, 20_000, 256 * 1024)),
     )
+
+
+def _draw_forming_faults(chance: Stream, members: int) -> tuple[Fault, ...]:
+    if chance.random() < 0.7:
+        return ()
+    return draw_faults(chance, members=members, clients=0, from_ms=0, to_ms=FORMING_MS, kinds=FORMING_KINDS)
 
 
 def _draw_timing(chance: Stream) -> Timing:

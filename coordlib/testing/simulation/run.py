@@ -26,7 +26,7 @@ from coordlib.testing.simulation.choices import Choices
 from coordlib.testing.simulation.faults import SPOILING_KINDS, Fault, FaultInjector
 from coordlib.testing.simulation.invariants import Invariants, Violation, watched_reads
 from coordlib.testing.simulation.marks import Marks
-from coordlib.testing.simulation.plan import Plan, draw_plan
+from coordlib.testing.simulation.plan import FORMING_MS, Plan, draw_plan
 from coordlib.testing.simulation.processes import MemberProcess, Process
 from coordlib.testing.simulation.workload import PromiseBroken, Workload
 from coordlib.testing.simulation.world import World
@@ -180,7 +180,15 @@ class _Run:
 
     def _boot(self) -> None:
         world = self.world
-        world.start_all()
+        for name in world.members:
+            world.start_member(name, bootstrap=name in self.plan.bootstrap)
+        if self.plan.forming_faults:
+            early = FaultInjector(world, self.plan.forming_faults, marks=self.marks, hits_unformed=True)
+            early.schedule()
+            world.run(FORMING_MS)
+            early.heal()
+            self.marks.hit("formed_under_faults")
+            world.on_end = self.injector.ended
         self._await(FORM_MS_MAX, "the cluster does not form", self._has_formed)
         for number in range(self.plan.clients):
             world.start_client(f"c{number + 1}")
