@@ -147,7 +147,7 @@ def test_a_reduction_leaves_out_what_it_says_and_nothing_else() -> None:
 reductions = st.builds(
     Reduction,
     faults=st.none() | st.lists(st.integers(0, 60), unique=True).map(lambda places: tuple(sorted(places))),
-    calm=st.lists(st.sampled_from(("network", "disk", "clock")), unique=True).map(tuple),
+    calm=st.lists(st.sampled_from(("forming", "network", "disk", "clock")), unique=True).map(tuple),
     without=st.lists(st.sampled_from(SERVICE_NAMES), unique=True).map(tuple),
     clients=st.none() | st.integers(0, 3),
 )

@@ -46,7 +46,7 @@ def test_two_faults_that_are_needed_are_all_that_stays(drawn: tuple[int, set[int
     wanted = {plan.faults[place] for place in needed}
     reduction, runs = shrink(plan, CHECK, failing(lambda p: wanted <= set(p.faults)))
     assert reduction.faults == tuple(sorted(needed))
-    assert set(reduction.calm) == {"network", "disk", "clock"}
+    assert set(reduction.calm) == {"forming", "network", "disk", "clock"}
     assert len(reduction.without) == len(plan.load.weights) - 1, "somebody must ask something"
     assert reduction.clients == 0
     assert runs <= 120
@@ -68,7 +68,7 @@ def test_what_is_needed_besides_faults_is_kept() -> None:
         return p.network != NetworkProfile() and p.clients >= 2 and "locks" in p.load.weights
 
     reduction, _ = shrink(plan, CHECK, failing(needed))
-    assert reduction.calm == ("disk", "clock")
+    assert reduction.calm == ("forming", "disk", "clock")
     assert reduction.clients == 2
     assert "locks" not in reduction.without
     assert needed(reduction.apply(plan))

@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, help="run one seed and show its plan")
     parser.add_argument("--faults", type=_numbers, help="only these of its faults, by their places; or: none")
-    parser.add_argument("--calm", type=_names, default=(), help="of network,disk,clock")
+    parser.add_argument("--calm", type=_names, default=(), help="of forming,network,disk,clock")
     parser.add_argument("--without", type=_names, default=(), help="services to leave out")
     parser.add_argument("--history", help="write what was asked and answered to this file (`coordlib check`)")
     parser.add_argument("--clients", type=int, help="how many clients instead of the plan's")

@@ -57,7 +57,7 @@ class Reduction:
     """What is left out of a plan; what remains draws exactly what it drew before."""
 
     faults: tuple[int, ...] | None = None  # those that stay, by their places in the plan; None: all
-    calm: tuple[str, ...] = ()  # of "network", "disk", "clock"
+    calm: tuple[str, ...] = ()  # of "network", "disk", "clock", "forming"
     without: tuple[str, ...] = ()  # services
     clients: int | None = None
 
@@ -70,6 +70,8 @@ class Reduction:
             plan = replace(plan, disk=DiskProfile())
         if "clock" in self.calm:
             plan = replace(plan, clock=ClockProfile())
+        if "forming" in self.calm:
+            plan = replace(plan, forming_faults=())
         if self.without:
             weights = {name: share for name, share in plan.load.weights.items() if name not in self.without}
             plan = replace(plan, load=replace(plan.load, weights=weights))

@@ -52,7 +52,7 @@ def shrink(plan: Plan, check: str, attempt: Attempt, *, attempts_max: int = 120)
         if size == 1:
             break
         size //= 2
-    for name in ("network", "disk", "clock"):
+    for name in ("forming", "network", "disk", "clock"):
         still_fails(replace(best, calm=(*best.calm, name)))
     for name in plan.load.weights:
         if len(best.without) + 1 < len(plan.load.weights):
