@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+from coordlib.api.locks import _LockBase
 from coordlib.api.maps import _MapBase
 from coordlib.errors import InvariantViolation, StorageCorrupt
 from coordlib.raft import RaftConfig
@@ -41,6 +42,7 @@ CHECK_EVERY_MS = 50
 RECOVERY_MS_MAX = 15_000
 """Within this time after healing everybody gets an answer: ten of the longest election timeouts, and a session's TTL."""
 QUIET_MS_MAX = 20_000
+PROBE_SECONDS_MAX = 5.0
 
 # What a run must have seen to be worth its time.
 SIMULATED_MS_MIN = 60_000
@@ -303,11 +305,9 @@ class _Run:
         return process.is_up and self.world.processes.get(process.name) is process
 
     def _probe(self, process: Process, done: set[str]) -> None:
-        """Put again and again until one is acknowledged."""
+        """Try again and again until everything that an application does has been answered once."""
         if not self._is_same(process):
             return
-        self._probes += 1
-        place = _MapBase("probes", None, self.plan.timing.request_timeout_ms)
         operation: Any = None
 
         def ended() -> None:
@@ -320,7 +320,19 @@ class _Run:
             else:
                 self.world.after(100, lambda: self._probe(process, done))
 
-        operation = process.start_operation(place._put_gen(process.name, self._probes, None), ended)
+        self._probes += 1
+        operation = process.start_operation(self._probe_gen(process, self._probes), ended)
+
+    def _probe_gen(self, process: Process, number: int) -> Generator[Any, bytes, None]:
+        """A write, a read that must see it, and a lock that nobody else wants."""
+        place = _MapBase("probes", None, self.plan.timing.request_timeout_ms)
+        yield from place._put_gen(process.name, number, None)
+        seen = yield from place._get_gen(process.name, None)
+        if seen != number and self.plan.clock.is_bounded(self.plan.timing.drift_percent):
+            raise Violation("current read", f"{process.name} wrote {number} and then read {seen}")
+        lock = _LockBase(process, f"probe {number}", None, None, None)  # type: ignore[arg-type]  # stands for its cluster
+        grant = yield from lock._acquire_gen(PROBE_SECONDS_MAX)
+        yield from lock._release_gen(grant)
 
     def _carry_through(self, process: MemberProcess, generator: Generator[Any, bytes, Any]) -> None:
         operation = process.start_operation(generator)
