@@ -328,7 +328,7 @@ class _Run:
         place = _MapBase("probes", None, self.plan.timing.request_timeout_ms)
         yield from place._put_gen(process.name, number, None)
         seen = yield from place._get_gen(process.name, None)
-        if seen != number and self.plan.clock.is_bounded(self.plan.timing.drift_percent):
+        if seen != number and self.are_clocks_bounded:
             raise Violation("current read", f"{process.name} wrote {number} and then read {seen}")
         lock = _LockBase(process, f"probe {number}", None, None, None)  # type: ignore[arg-type]  # stands for its cluster
         grant = yield from lock._acquire_gen(PROBE_SECONDS_MAX)
