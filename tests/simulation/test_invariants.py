@@ -30,7 +30,7 @@ from coordlib.raft.messages import (
 from coordlib.storage.base import Persist, RecoveredGroup
 from coordlib.testing.disk import PendingChange
 from coordlib.testing.simulation import invariants, marks
-from coordlib.testing.simulation.invariants import ROUNDS_MAX, Invariants, Violation, watched_reads
+from coordlib.testing.simulation.invariants import ROUNDS_MAX, Impostor, Invariants, Violation, watched_reads
 from coordlib.testing.simulation.marks import Marks
 
 NAMES: Final = ("n1", "n2", "n3")
@@ -567,6 +567,23 @@ def an_alarm_without_a_cause() -> None:
     cluster.seen.events(cluster.members["n2"], is_any_disk_spoiled=False)
 
 
+def an_impostor_that_writes() -> None:
+    member: Any = Member("n1")
+    Impostor().writing(member, Persist(0, HardState(1, "n2"), []))
+
+
+def an_impostor_that_speaks() -> None:
+    member: Any = Member("n1")
+    Impostor().started(member, None)
+    Impostor().sending(member, "n2", [(0, VoteReply(1, 1, True, False))])
+
+
+def an_impostor_that_applies() -> None:
+    member: Any = Member("n1")
+    Impostor().turned(member, 0)
+    Impostor().applied(member, Entry(1, 1, COMMAND, b""), Applied(0, 0, GOOD, ()))
+
+
 VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
     "election safety": (two_leaders, two_leaders_by_their_messages),
     "one vote": (two_votes, two_votes_over_a_restart),
@@ -625,6 +642,7 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
     "current read": (a_read_from_before,),
     "session belief": (a_session_that_ends_under_its_owner,),
     "busy loop": (a_process_that_never_rests,),
+    "impostor": (an_impostor_that_writes, an_impostor_that_speaks, an_impostor_that_applies),
     "false alarm": (an_alarm_without_a_cause,),
     "left behind": (a_wait_that_nobody_ends,),
 }

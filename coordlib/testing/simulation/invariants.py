@@ -28,6 +28,7 @@ one holder            a lock is granted to one acquisition of a living session a
 current read          what a leader answers a query from has all that was committed when it took the query up
 session belief        when the cluster ends a session for its silence, its owner has already stopped to count on it
 busy loop             no process runs more often than a bound allows
+impostor              a member on a wiped disk, or on another's, neither votes nor acknowledges nor applies
 false alarm           nobody is told of a damaged, wiped or swapped disk while no disk was
 left behind           when all is quiet, no member keeps a request, a read, a wait or a transfer
 ====================  ==============================================================================================
@@ -57,12 +58,12 @@ from coordlib.raft.messages import (
     VoteReply,
 )
 from coordlib.storage.base import Persist, RecoveredGroup
+from coordlib.testing.simulation.marks import Marks
 
 if TYPE_CHECKING:
-    from coordlib.testing.simulation.marks import Marks
     from coordlib.testing.simulation.processes import MemberProcess, SimulatedProcess
 
-__all__ = ["Invariants", "Violation", "watched_reads"]
+__all__ = ["Impostor", "Invariants", "Violation", "watched_reads"]
 
 ALARMS: Final = frozenset(
     {"disk.behind", "disk.differs", "members.differ", "cluster.differs", "snapshot.unreadable"}
@@ -655,6 +656,36 @@ def watched_reads(invariants: Invariants, *, is_lease_trusted: bool) -> Iterator
 
     with patch.object(RawNode, "request_read", request_read), patch.object(RawNode, "ready", ready):
         yield
+
+
+class Impostor(Invariants):
+    """Watches a member that runs on an empty disk or on another member's: nothing that it says may count."""
+
+    def __init__(self) -> None:
+        super().__init__((), Marks())
+
+    def started(
+        self, process: MemberProcess, recovered: RecoveredGroup | None, *, is_damaged: bool = False
+    ) -> None:
+        """That it starts is no harm: it has to hear from the others who it is not."""
+
+    def writing(self, process: MemberProcess, batch: Persist) -> None:
+        raise Violation("impostor", f"{process.name} keeps a log on a disk that is not its own")
+
+    def sending(self, process: SimulatedProcess, receiver: str, messages: Sequence[tuple[int, Any]]) -> None:
+        for _, message in messages:
+            if type(message) in _PROMISES:
+                raise Violation(
+                    "impostor", f"{process.name} says {message} to {receiver}, on a disk that is not its own"
+                )
+
+    def turned(self, process: SimulatedProcess, now_ms: int) -> None:
+        """What matters is written, said or applied."""
+
+    def applied(self, process: MemberProcess, entry: Entry, applied: Applied) -> None:
+        raise Violation(
+            "impostor", f"{process.name} applies entry {entry.index} on a disk that is not its own"
+        )
 
 
 _PROMISES: Final[dict[type, Any]] = {

@@ -25,6 +25,7 @@ from coordlib.storage import SegmentStorage
 from coordlib.storage.base import Persist, SnapshotWriter
 from coordlib.testing.disk import CrashNow, SimulatedFileSystem
 from coordlib.testing.simulation.choices import Stream
+from coordlib.testing.simulation.invariants import Impostor
 from coordlib.testing.simulation.network import SimulatedTransport
 from coordlib.testing.simulation.plain import CLUSTER, PlainLinks
 from coordlib.transport.base import Lane
@@ -454,7 +455,7 @@ class MemberProcess(SimulatedProcess, MemberDriver):
     ) -> None:
         self._begin(world, name)
         if is_impostor:
-            self.observer = None
+            self.observer = Impostor()
         self.fs = fs
         chance = self.chance
         storage = _Storage(

@@ -168,8 +168,9 @@ class World:
         def observed(entry: Entry, applied: Applied, now: int) -> None:
             if self.on_applied is not None:
                 self.on_applied(node_id, entry, applied)
-            if self.observer is not None:
-                self.observer.applied(self.member(node_id), entry, applied)
+            process = self.member(node_id)
+            if process.observer is not None:
+                process.observer.applied(process, entry, applied)
             go_on(entry, applied, now)
 
         service.applied = observed  # type: ignore[method-assign]  # looked at, not changed
