@@ -417,13 +417,14 @@ class FaultInjector:
 
     # -- who -----------------------------------------------------------------------------------------------
 
-    def _some_member(self, chance: Stream) -> MemberProcess | None:
+    def _some_member(self, chance: Stream, *, may_stand_still: bool = False) -> MemberProcess | None:
         """One that runs, and whose disk nobody has tampered with."""
         members = [
             p
             for p in self.world.up_members
-            if not p.is_paused and p.name not in self._own_disks
-            if p.kernel.is_formed or self._hits_unformed
+            if p.name not in self._own_disks
+            and (may_stand_still or not p.is_paused)
+            and (p.kernel.is_formed or self._hits_unformed)
         ]
         return chance.choice(members) if members else None
 
@@ -568,7 +569,7 @@ class FaultInjector:
     # -- processes -----------------------------------------------------------------------------------------
 
     def _crash(self, fault: Fault, chance: Stream, target: MemberProcess | None = None) -> bool:
-        member = target or self._some_member(chance)
+        member = target or self._some_member(chance, may_stand_still=True)
         if member is None:
             return False
         self._back_ms[member.name] = fault.duration_ms
@@ -576,7 +577,7 @@ class FaultInjector:
         return True
 
     def _kill(self, fault: Fault, chance: Stream, target: MemberProcess | None = None) -> bool:
-        member = target or self._some_member(chance)
+        member = target or self._some_member(chance, may_stand_still=True)
         if member is None:
             return False
         self._back_ms[member.name] = fault.duration_ms
