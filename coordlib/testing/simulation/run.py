@@ -249,11 +249,14 @@ class _Run:
         self.verdict = workload.judge()
 
     def _is_settled(self) -> bool:
-        members = self.world.up_members
+        world = self.world
+        members = world.up_members
         return (
-            len(members) == len(self.world.members)
+            len(members) == len(world.members)
             and len({process.kernel.machine.applied_index for process in members}) == 1
             and members[0].kernel.machine.applied_index >= self.invariants.committed_max
+            # The sessions of the dead have ended, and with them all that they held and waited for.
+            and len(members[0].kernel.machine.sessions) <= sum(p.is_up for p in world.processes.values())
         )
 
     # -- steps ---------------------------------------------------------------------------------------------
