@@ -193,7 +193,21 @@ class RequestService:
         except NotLeader as error:
             self._reply(source, request.request_id, ReplyStatus.NOT_LEADER, str(error.leader_hint).encode())
         except CoordError as error:
-            self._refuse(source, request, error)
+            if isinstance(error, SessionExpired) and kind == RequestKind.COMMAND:
+                self._confirm(source, request)
+            else:
+                self._refuse(source, request, error)
+
+    def _confirm(self, source: Source, request: Request) -> None:
+        """
+        The session of a command is not known here. One who was deposed without having noticed knows none of the
+        sessions that were opened since, and must not call them ended: have the leadership confirmed first.
+        """
+        try:
+            self._raft.request_read(_Read(source, request))
+            self._reads_asked += 1
+        except CoordError:
+            self._reply(source, request.request_id, ReplyStatus.NOT_LEADER, b"")
 
     def _command(self, source: Source, request: Request, now: int) -> None:
         session, sequence = request.session, request.sequence
@@ -255,9 +269,11 @@ class RequestService:
             # EXPIRE is in the log: only its fate decides. Acknowledging now would promise what may be undone.
             waiting.append((source, request))
             return
-        deadline = self._deadlines.get(session)
-        if deadline is None:
-            raise SessionExpired("the session has ended; everything it held is released")
+        if session not in self._deadlines:
+            # Or it was opened by a later leader, of whom this one has not heard yet: see `_confirm`.
+            self._raft.request_read(_Read(source, request), by_quorum=True)
+            self._reads_asked += 1
+            return
         session_ttl = self._machine.sessions.ttl_ms(session)
         self._deadlines[session] = now + session_ttl
         if session in self._checkpointed:
@@ -310,7 +326,18 @@ class RequestService:
             elif request.session in self._deadlines:
                 self._reply(source, request.request_id, ReplyStatus.OK, b"")
             else:
-                self._refuse(source, request, SessionExpired("the session has ended"))
+                self._refuse(
+                    source, request, SessionExpired("the session has ended; everything it held is released")
+                )
+        elif request.kind == RequestKind.COMMAND:
+            try:
+                self._command(source, request, now)
+            except NotLeader as error:
+                self._reply(
+                    source, request.request_id, ReplyStatus.NOT_LEADER, str(error.leader_hint).encode()
+                )
+            except CoordError as error:
+                self._refuse(source, request, error)
         else:
             self._wait(source, request)
 

@@ -13,7 +13,7 @@ from coordlib.machine.limits import Limits
 from coordlib.node import service as module
 from coordlib.node.service import RequestService, Source
 from coordlib.raft import RaftConfig, RawNode
-from coordlib.raft.messages import Configuration, Entry, EntryKind, HardState, SnapshotMeta
+from coordlib.raft.messages import AppendEntries, Configuration, Entry, EntryKind, HardState, SnapshotMeta
 from coordlib.testing.simulation.processes import MemberProcess, Operation
 from coordlib.testing.simulation.world import World
 from coordlib.wire.messages import Reply, ReplyStatus, Request, RequestKind
@@ -169,12 +169,43 @@ def test_an_unknown_session_is_refused_and_not_appended() -> None:
     leader = ready_leader()
     before = leader.raft.last_index
     asked = leader.ask(RequestKind.COMMAND, put(), session=999, sequence=1)
+    assert leader.replies() == {}  # not before it is sure to lead: see below
+    leader.apply()
     assert isinstance(error_of(leader.replies()[asked]), SessionExpired)
     asked = leader.ask(RequestKind.COMMAND, commands.expire_sessions([1]))
     assert isinstance(error_of(leader.replies()[asked]), UsageError)
     asked = leader.ask(99)
     assert isinstance(error_of(leader.replies()[asked]), UsageError)
     assert leader.raft.last_index == before
+
+
+@pytest.mark.parametrize("kind", [RequestKind.COMMAND, RequestKind.KEEP_ALIVE])
+def test_a_leader_that_was_deposed_unawares_calls_no_session_ended(kind: int) -> None:
+    """
+    It does not know the sessions that were opened while it stood still, and must not speak about them.
+
+    Found by seed 276: a member that woke from a suspension of ten seconds ended the session of whoever asked it first.
+    """
+    leader = ready_leader()
+    before = leader.raft.last_index
+    asked = leader.ask(kind, put() if kind == RequestKind.COMMAND else b"", session=999, sequence=1)
+    assert leader.replies() == {}
+    leader.raft.step("n2", AppendEntries(leader.raft.term + 1, before, leader.raft.term, before, 0, ()))
+    ready = leader.raft.ready()
+    assert len(ready.failed_reads) == 1
+    leader.service.reads_failed(ready.failed_reads)
+    assert leader.replies()[asked].status == ReplyStatus.NOT_LEADER
+    assert leader.raft.last_index == before
+
+
+def test_a_session_that_came_while_it_was_asked_for_is_served() -> None:
+    """The command was only early."""
+    leader = ready_leader()
+    before = leader.raft.last_index
+    leader.ask(RequestKind.COMMAND, commands.open_session(b"%016d" % 7, TTL_MS, "worker"))
+    asked = leader.ask(RequestKind.COMMAND, put(), session=before + 1, sequence=1)
+    leader.apply()
+    assert commands.is_success(leader.replies()[asked].body)
 
 
 def test_a_follower_points_to_the_leader() -> None:
