@@ -257,6 +257,8 @@ class _Run:
             and members[0].kernel.machine.applied_index >= self.invariants.committed_max
             # The sessions of the dead have ended, and with them all that they held and waited for.
             and len(members[0].kernel.machine.sessions) <= sum(p.is_up for p in world.processes.values())
+            # What goes on behind its caller's back (a release that was given up) ends too.
+            and not any(p._kernel.session.pending_count for p in world.processes.values() if p.is_up)
         )
 
     # -- steps ---------------------------------------------------------------------------------------------
