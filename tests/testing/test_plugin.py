@@ -37,13 +37,16 @@ def seeds_of(result: pytest.RunResult, word: str) -> list[int]:
     )
 
 
-def test_the_plugin_imports_nothing_of_coordlib_before_a_test_asks() -> None:
+def test_the_plugin_starts_and_replaces_nothing_before_a_test_asks() -> None:
     """pytest loads it at every start, in every project that has coordlib installed."""
     program = (
-        "import sys, coordlib_pytest; print(sorted(m for m in sys.modules if m.split('.')[0] == 'coordlib'))"
+        "import asyncio, threading, time; "
+        "seen = lambda: (time.sleep, time.monotonic, time.time, threading.Lock, threading.Thread.start, "
+        "asyncio.new_event_loop, threading.active_count()); "
+        "before = seen(); import coordlib.testing.plugin; print(seen() == before)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout == "True\n"
 
 
 def test_cluster_is_a_started_local_cluster(pytester: pytest.Pytester) -> None:
