@@ -38,19 +38,16 @@ def test_every_member_and_client_sees_what_any_wrote(trio: Trio) -> None:
 
 
 def test_a_leader_that_leaves_hands_over(trio: Trio) -> None:
-    """Its locks are free at once, and the others go on without an election timeout."""
+    """Its locks are free at once, and another leads. (How long that takes: `stop_graceful` in the benchmarks.)"""
     leader = trio.leader
     rest = [node for name, node in trio.nodes.items() if name != leader]
     with trio.connect() as client:
         client.map("m")["k"] = 1
         trio.nodes[leader].lock("a").acquire()
         trio.nodes.pop(leader).close()
-        begin = time.monotonic()
         rest[0].map("m")["k"] = 2
-        gap = time.monotonic() - begin
         with client.lock("a", timeout=1):
             assert client.map("m")["k"] == 2
-    assert gap < 1.0
     assert rest[0].stats()["leader"] != leader
 
 
@@ -103,7 +100,6 @@ def test_a_follower_far_behind_catches_up_by_a_snapshot(trio: Trio, monkeypatch:
 def test_a_client_follows_the_leader(trio: Trio) -> None:
     """Its session, its locks and its calls live on when the leader goes."""
     with trio.connect() as client:
-        begin = time.monotonic()
         client.map("m")["k"] = 0
         with client.lock("a") as grant:
             trio.nodes.pop(trio.leader).close()
@@ -111,17 +107,13 @@ def test_a_client_follows_the_leader(trio: Trio) -> None:
                 client.map("m").put("k", i, guard=grant)
             grant.ensure_held()
         assert client.map("m")["k"] == 19
-        assert time.monotonic() - begin < PATIENCE_SECONDS
 
 
 def test_a_client_attaches_by_any_one_member(trio: Trio) -> None:
-    """It learns of the others, in well under a second."""
+    """It learns of the others, the leader among them."""
     for endpoint in trio.members.values():
-        begin = time.monotonic()
         with coordlib.connect(endpoint, cluster="trio", secret=SECRET) as client:
-            elapsed = time.monotonic() - begin
             client.map("m")["k"] = endpoint
-        assert elapsed < 1.0
 
 
 def test_a_wrong_secret_is_told_in_words(trio: Trio, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,9 @@ RUNS = {
 }
 IS_REQUIRED = os.environ.get("COORDLIB_REQUIRE_FAULTS") == "1"
 if IS_REQUIRED:
-    RUNS["no-fsync"] = ("--faults", "power-cut-all", "--sabotage", "no-fsync")
+    # The seed cuts the disks under living processes: when those die first, the kernel may write back on its own before
+    # the cut, and nothing is lost for want of fsync in about one run of four.
+    RUNS["no-fsync"] = ("--faults", "power-cut-all", "--sabotage", "no-fsync", "--seed", "11")
 
 
 class _Done(NamedTuple):
