@@ -8,7 +8,7 @@
     ├─ DefiniteError              did not happen and will not
     │  ├─ NotLeader · NoQuorum · Overloaded · QuotaExceeded · StartError
     │  ├─ ConditionFailed · KeyMissing · KeyExists · RevisionCompacted
-    │  └─ LockTimeout · LockLost · NotHolder · SessionExpired
+    │  └─ LockTimeout · LockLost · NotHolder · SessionExpired · IdLeaseExpired · IdOverflow
     ├─ IndeterminateError         may have happened, or may yet
     │  └─ CommitTimeout · LeadershipLost
     ├─ ProtocolError              LocalProtocolError · RemoteProtocolError · AuthenticationError
@@ -32,6 +32,8 @@ __all__ = [
     "FatalError",
     "FlavourError",
     "ForkedError",
+    "IdLeaseExpired",
+    "IdOverflow",
     "IndeterminateError",
     "InvariantViolation",
     "KeyExists",
@@ -223,6 +225,19 @@ class SessionExpired(DefiniteError):
     """The session is gone, and with it every lock it held. The request was refused, not executed."""
 
     code = "session-expired"
+
+
+class IdLeaseExpired(DefiniteError):
+    """The window of id time has ended and no other was granted in time. No id was minted; ask again."""
+
+    code = "id-lease-expired"
+    retryable = True
+
+
+class IdOverflow(DefiniteError):
+    """The layout's last unit of time is reached: no further id fits. Go on under another name and epoch."""
+
+    code = "id-overflow"
 
 
 class IndeterminateError(CoordError):

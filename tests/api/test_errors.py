@@ -47,3 +47,5 @@ def test_the_tree_says_what_may_be_concluded() -> None:
     assert issubclass(coordlib.LeadershipLost, coordlib.IndeterminateError)
     assert issubclass(coordlib.KeyMissing, KeyError)
     assert issubclass(coordlib.ForkedError, coordlib.UsageError)
+    assert issubclass(coordlib.IdLeaseExpired, coordlib.DefiniteError)
+    assert issubclass(coordlib.IdOverflow, coordlib.DefiniteError)
