@@ -3,22 +3,24 @@
 An operation yields steps and receives their replies; it knows neither threads nor tasks nor what is below.
 All clean-up is in the generator, once: when its caller gives up (a timeout, Ctrl-C, a cancelled task), the
 exception is thrown into it, and what it still yields then must be `detached` steps, for which nobody waits.
+An operation that nobody waits for at all is started, and goes on where its calls end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Generator
 from typing import Final, Protocol, TypeAlias, TypeVar
 
 from coordlib.errors import ClusterClosed, CommitTimeout, CoordError, ForkedError, NoQuorum, NotStarted
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.session import Call, SessionView
-from coordlib.node.waiting import AsyncCall, LoopWatch, ThreadCall
+from coordlib.node.waiting import AsyncCall, BackgroundCall, LoopWatch, ThreadCall
 from coordlib.wire.messages import RequestKind
 
-__all__ = ["Engine", "OpGen", "Step", "arun", "run"]
+__all__ = ["Engine", "OpGen", "Step", "arun", "run", "start"]
 
 T = TypeVar("T")
 GRACE_SECONDS: Final = 0.25
@@ -28,7 +30,18 @@ FOREVER_MS: Final = 1 << 62
 class Step:
     """One request of an operation. After it, `sequence` and `view` tell under which identity it went."""
 
-    __slots__ = ("body", "call", "deadline_ms", "is_detached", "kind", "sequence", "view", "withdraws")
+    __slots__ = (
+        "body",
+        "call",
+        "deadline_ms",
+        "is_detached",
+        "joins",
+        "kind",
+        "pause_seconds",
+        "sequence",
+        "view",
+        "withdraws",
+    )
 
     def __init__(
         self,
@@ -49,6 +62,26 @@ class Step:
         self.is_detached = is_detached
         self.withdraws = withdraws
         self.call: Call | None = None
+        self.joins: Callable[[Call], None] | None = None
+        self.pause_seconds = 0.0
+
+    @classmethod
+    def join(cls, add: Callable[[Call], None], deadline_ms: int) -> Step:
+        """
+        No request: wait for what others have asked for. Whoever is given the call by `add` ends and wakes it.
+
+        When the deadline has passed, NoQuorum is thrown in instead.
+        """
+        step = cls(RequestKind.QUERY, b"", deadline_ms)
+        step.joins = add
+        return step
+
+    @classmethod
+    def pause(cls, seconds: float) -> Step:
+        """No request: go on after so many seconds, more than 0."""
+        step = cls(RequestKind.QUERY, b"", FOREVER_MS)
+        step.pause_seconds = seconds
+        return step
 
     @classmethod
     def withdraw(cls, step: Step, build: Callable[[int], bytes]) -> Step:
@@ -115,10 +148,18 @@ def run(engine: Engine, operation: OpGen[T]) -> T:
                 _detach(engine, step)
                 step = operation.send(b"")
                 continue
+            if step.pause_seconds:
+                try:
+                    time.sleep(step.pause_seconds)
+                except BaseException as interrupt:
+                    step = operation.throw(interrupt)
+                    continue
+                step = operation.send(b"")
+                continue
             call = ThreadCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
             step.call = call
             try:
-                engine.submit(call)
+                (step.joins or engine.submit)(call)
                 wait_ms = step.deadline_ms - monotonic_ms()
                 if call.wait(max(0, wait_ms) / 1000 + GRACE_SECONDS):
                     error = call.error
@@ -144,12 +185,23 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
                 _detach(engine, step)
                 step = operation.send(b"")
                 continue
+            if step.pause_seconds:
+                try:
+                    await asyncio.sleep(step.pause_seconds)
+                except GeneratorExit:
+                    _abandon(engine, operation)
+                    raise
+                except BaseException as interrupt:
+                    step = operation.throw(interrupt)
+                    continue
+                step = operation.send(b"")
+                continue
             call = AsyncCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
             step.call = call
             watch = engine.watch(call.loop)
             watch.add(call)
             try:
-                engine.submit(call)
+                (step.joins or engine.submit)(call)
                 await call.future
                 error = call.error
                 if error is None and call.reply is None:
@@ -178,3 +230,39 @@ def _abandon(engine: Engine, operation: OpGen[T]) -> None:
         operation.close()
     except (StopIteration, asyncio.CancelledError):
         pass
+
+
+def start(engine: Engine, operation: OpGen[None]) -> None:
+    """
+    Run an operation in the background: this returns as soon as its first request is under way.
+
+    It goes on where its calls end, mostly on the node thread, and so must not block, and must not raise: what it
+    raises is a bug, and stops the node. Its requests are sent again until they are answered or their session
+    ends; it yields nothing but requests.
+    """
+    _Background(engine, operation).go_on(None)
+
+
+class _Background:
+    __slots__ = ("_engine", "_operation")
+
+    def __init__(self, engine: Engine, operation: OpGen[None]) -> None:
+        self._engine = engine
+        self._operation = operation
+
+    def go_on(self, ended: Call | None) -> None:
+        operation = self._operation
+        try:
+            if ended is None:
+                step = next(operation)
+            elif ended.error is not None:
+                step = operation.throw(ended.error)
+            else:
+                step = operation.send(ended.reply or b"")
+        except StopIteration:
+            return
+        call = BackgroundCall(
+            step.kind, step.body, step.deadline_ms, self.go_on, sequence=step.sequence, view=step.view
+        )
+        step.call = call
+        self._engine.submit(call)

@@ -84,7 +84,8 @@ class Call:
     One request of the application on its way; afterwards its outcome.
 
     Exactly one of `reply` and `error` is set by `SessionClient`, once. A *detached* call has no one
-    waiting: it is retried until it is answered or its session ends. One that `withdraws` another undoes it:
+    waiting: it is retried until it is answered or its session ends, and only one that `is_heard` is told of
+    when it has ended. One that `withdraws` another undoes it:
     if the other was never sent, by not sending it; else by the command built from the other's sequence.
     """
 
@@ -104,6 +105,8 @@ class Call:
         "view",
         "withdraws",
     )
+
+    is_heard = False
 
     def __init__(
         self,
@@ -130,6 +133,9 @@ class Call:
         self.resend_ms = 0
         self.reply: bytes | None = None
         self.error: CoordError | None = None
+
+    def wake(self) -> None:
+        """It has ended. Here nobody waits for that."""
 
 
 def _error_of(body: bytes) -> CoordError:
@@ -442,12 +448,12 @@ class SessionClient:
         self._forget(call)
         call.reply = reply
         call.error = error
-        if not call.is_detached:
+        if not call.is_detached or call.is_heard:
             self.completed.append(call)
 
     def _fail(self, call: Call, error: CoordError) -> None:
         call.error = error
-        if not call.is_detached:
+        if not call.is_detached or call.is_heard:
             self.completed.append(call)
 
     def _forget(self, call: Call) -> None:

@@ -1,16 +1,19 @@
-"""How a caller waits for its call: a thread on a lock, a task on a future. Woken in batches by the node thread."""
+"""
+How a caller waits for its call: a thread on a lock, a task on a future. Woken in batches by the node thread.
+What goes on in the background waits on neither: it is called.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.session import Call, SessionView
 
-__all__ = ["AsyncCall", "LoopWatch", "ThreadCall", "wake_all"]
+__all__ = ["AsyncCall", "BackgroundCall", "LoopWatch", "ThreadCall", "wake_all"]
 
 WATCH_SECONDS: Final = 0.25
 
@@ -49,6 +52,33 @@ class AsyncCall(Call):
         self.future: asyncio.Future[None] = self.loop.create_future()
 
 
+class BackgroundCall(Call):
+    """
+    Nobody waits for it, but somebody goes on with its outcome: `ended` is called where the call ends, mostly on
+    the node thread, and must neither block nor raise.
+    """
+
+    __slots__ = ("_ended",)
+
+    is_heard = True
+
+    def __init__(
+        self,
+        kind: int,
+        body: bytes,
+        deadline_ms: int,
+        ended: Callable[[Call], None],
+        *,
+        sequence: int = 0,
+        view: SessionView | None = None,
+    ) -> None:
+        super().__init__(kind, body, deadline_ms, sequence=sequence, view=view, is_detached=True)
+        self._ended = ended
+
+    def wake(self) -> None:
+        self._ended(self)
+
+
 def _resolve(calls: list[AsyncCall]) -> None:
     for call in calls:
         if not call.future.done():
@@ -59,10 +89,10 @@ def wake_all(calls: Iterable[Call]) -> None:
     """Wake everybody whose call has ended: one wake-up for each event loop, however many calls it has here."""
     by_loop: dict[asyncio.AbstractEventLoop, list[AsyncCall]] = {}
     for call in calls:
-        if isinstance(call, ThreadCall):
-            call.wake()
-        elif isinstance(call, AsyncCall):
+        if isinstance(call, AsyncCall):
             by_loop.setdefault(call.loop, []).append(call)
+        else:
+            call.wake()
     for loop, batch in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, batch)

@@ -149,9 +149,10 @@ class _Life:
                 for view, state in effects.changes:
                     for listener in self._listeners:
                         listener(view, state)
+                # Within, since operations in the background go on here.
+                wake_all(effects.completed)
         finally:
             scheduler.visiting = before
-        wake_all(effects.completed)
 
     def resumed(self) -> None:
         self._scheduler.unpark(self)

@@ -5,14 +5,16 @@ What a process takes from the world: its clock, its disk, its wires. What is not
 
 from __future__ import annotations
 
+import math
 from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from coordlib.api.engine import FOREVER_MS
 from coordlib.api.grants import Grants
-from coordlib.errors import CoordError
+from coordlib.errors import CoordError, NoQuorum
 from coordlib.node.client import ClientKernel
 from coordlib.node.disk import DiskAgent
 from coordlib.node.driver import ClientDriver, Driver, MemberDriver, SessionListener
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["WALL_MS", "ClientProcess", "Guest", "MemberProcess", "Operation", "Process", "SimulatedProcess"]
 
 WALL_MS = 1_700_000_000_000
+PAUSED_LOOK_MS = 10
 
 
 @lru_cache(maxsize=1)
@@ -49,6 +52,9 @@ class _SimulatedCall(Call):
     __slots__ = ("operation",)
 
     operation: Operation
+
+    def wake(self) -> None:
+        self.operation.resume(self)
 
 
 class Operation:
@@ -125,7 +131,33 @@ class Operation:
         call = _SimulatedCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
         call.operation = self
         step.call = self._call = call
-        process.submit(call)
+        if step.pause_seconds:
+            self._look_again(call, process.clock() + max(1, math.ceil(round(step.pause_seconds * 1000, 6))))
+        elif step.joins is not None:
+            with process.reading_clock():
+                step.joins(call)
+            self._look_again(call, step.deadline_ms)
+        else:
+            process.submit(call)
+
+    def _look_again(self, call: _SimulatedCall, at_ms: int) -> None:
+        """Go on when the process's clock shows this, if nothing else has ended the call before."""
+        process = self.process
+        world = process.world
+
+        def look() -> None:
+            if call is not self._call or not process.is_up:
+                return
+            if process.is_paused or process.clock() < at_ms:
+                self._look_again(call, at_ms)
+                return
+            if call.deadline_ms <= at_ms:
+                call.error = NoQuorum("nobody answered in time; nothing was changed")
+            self.resume(call)
+
+        if at_ms < FOREVER_MS:
+            soonest = world.now + (PAUSED_LOOK_MS if process.is_paused else 1)
+            world.at(max(soonest, process._world_time(at_ms)), look)
 
     def _end(self, result: Any, error: CoordError | CancelledError | None) -> None:
         self.result, self.error, self.is_done = result, error, True
