@@ -1,6 +1,6 @@
 """The replicated state machine: log entries in, replies and effects out, the same on every member.
 
-`Machine` alone composes the kinds of state (sessions, locks, maps, members); they do not know each other. It
+`Machine` alone composes the kinds of state (sessions, locks, maps, ids, members); they do not know each other. It
 has no clock, no randomness and does no I/O: time is the log's (`Meta.now_ms`). What it does with an entry
 depends on nothing but the entries before it.
 
@@ -42,6 +42,7 @@ from coordlib.machine.effects import (
     SessionEnded,
     SessionOpened,
 )
+from coordlib.machine.ids import Ids
 from coordlib.machine.kv import CURSOR_IDLE_MS_MAX, Maps
 from coordlib.machine.limits import Limits
 from coordlib.machine.locks import Locks
@@ -112,6 +113,7 @@ class _Parts(NamedTuple):
     locks: Locks
     maps: Maps
     members: Members
+    ids: Ids
 
 
 def _new_parts(
@@ -120,7 +122,8 @@ def _new_parts(
     sessions = Sessions(limits, reclaimer)
     locks = Locks(limits, reclaimer, is_alive=sessions.is_alive, owner_of=sessions.owner_of)
     maps = Maps(limits, reclaimer, check_guard=locks.check_guard)
-    return _Parts(limits, sessions, locks, maps, Members(reclaimer, initial_members))
+    members = Members(reclaimer, initial_members)
+    return _Parts(limits, sessions, locks, maps, members, Ids(limits, reclaimer, owner_of=sessions.owner_of))
 
 
 class Machine:
@@ -140,6 +143,7 @@ class Machine:
         "_duplicates",
         "_errors",
         "_handlers",
+        "_ids",
         "_locks",
         "_maps",
         "_members",
@@ -170,8 +174,8 @@ class Machine:
         self._install(_new_parts(Limits() if limits is None else limits, self._reclaimer, initial_members))
 
     def _install(self, parts: _Parts) -> None:
-        self.limits, self.sessions, self._locks, self._maps, self._members = parts
-        sessions, locks, maps, members = self.sessions, self._locks, self._maps, self._members
+        self.limits, self.sessions, self._locks, self._maps, self._members, self._ids = parts
+        sessions, locks, maps, members, ids = parts[1:]
         self._handlers: dict[int, _Handler] = {
             OpCode.SESSION_OPEN: sessions.open,
             OpCode.SESSION_CLOSE: self._close_session,
@@ -191,6 +195,10 @@ class Machine:
             OpCode.MAP_UPDATE: maps.update,
             OpCode.MAP_CLEAR: maps.clear,
             OpCode.MAP_COMPARE_AND_SET: maps.compare_and_set,
+            OpCode.IDS_LEASE: ids.lease,
+            OpCode.IDS_RENEW: ids.renew,
+            OpCode.IDS_RETURN: ids.return_,
+            OpCode.IDS_SKIP: ids.skip,
         }
         self._queries: dict[int, Callable[[list[Any]], tuple[Any, ...]]] = {
             QueryCode.GET: maps.get,
@@ -203,6 +211,9 @@ class Machine:
             QueryCode.LOCK_LIST: locks.listing,
             QueryCode.ACQUISITION: locks.acquisition,
             QueryCode.MEMBERS: members.query,
+            QueryCode.IDS_INFO: self._ids_info,
+            QueryCode.IDS_OWNER: ids.owner,
+            QueryCode.IDS_LIST: ids.listing,
         }
 
     # --- before append ------------------------------------------------------------------------------------
@@ -247,6 +258,8 @@ class Machine:
             self._maps.check_growth(args, pending_bytes)
         elif opcode == OpCode.ACQUIRE:
             self._locks.check_acquire(session, args)
+        elif opcode == OpCode.IDS_LEASE:
+            self._ids.check_lease(args)
         if session and len(operation) <= _CHECKED_SIZE_BYTES_MAX:
             if len(self._checked) >= _CHECKED_MAX:
                 self._checked.clear()
@@ -405,12 +418,17 @@ class Machine:
             "keys": self._maps.keys,
             "state_bytes": self._maps.size_bytes,
             "cursors": self._maps.cursors,
+            "id_generators": len(self._ids.layouts),
+            "id_workers": len(self._ids.workers),
             "snapshots_open": self._snapshots,
             "garbage_buckets": len(self._reclaimer),
         }
 
     def _scan(self, args: list[Any]) -> tuple[Any, ...]:
         return self._maps.scan(args, self.log_time_ms)
+
+    def _ids_info(self, args: list[Any]) -> tuple[Any, ...]:
+        return self._ids.info(args, self.log_time_ms)
 
     # --- housekeeping -------------------------------------------------------------------------------------
 
@@ -440,6 +458,8 @@ class Machine:
             self._members.table.view(),
             self.sessions.table.view(),
             self._locks.table.view(),
+            self._ids.layouts.view(),
+            self._ids.workers.view(),
         ]
         maps: list[tuple[bytes, int, View]] = []
         for name in sorted(self._maps.maps):
@@ -453,7 +473,7 @@ class Machine:
             list(self.limits),
             self._locks.epoch,
             self._locks.counter,
-        )
+        ) + pack_block(Block.IDS, self._ids.floor_ms, self._ids.last_lease, self._ids.fence)
         self._snapshots += 1
 
         def close() -> None:
@@ -483,6 +503,8 @@ class Machine:
         self._maps.retire()
         for table in (self.sessions.table, self._locks.table, self._members.table):
             table.clear()
+        self._ids.layouts.clear()
+        self._ids.workers.clear()
 
     def digest(self) -> bytes:
         """
@@ -502,6 +524,7 @@ class Machine:
     def check_invariants(self) -> None:
         """For tests and the simulator: everything derived agrees with what it is derived from. Takes long."""
         self._locks.check_invariants()
+        self._ids.check_invariants()
         self._maps.check_invariants()
         self.sessions.check_invariants()
 
@@ -533,6 +556,9 @@ class _Restore:
             name, revision = fields
             self._table = parts.maps.begin_map(name, revision)
             return 0
+        if kind is Block.IDS:
+            parts.ids.floor_ms, parts.ids.last_lease, parts.ids.fence = fields
+            return 0
         (flat,) = fields
         pairs = zip(flat[::2], flat[1::2], strict=True)
         if kind is Block.ENTRIES:
@@ -547,16 +573,25 @@ class _Restore:
         elif kind is Block.LOCKS:
             for key, record in pairs:
                 parts.locks.load(key, record)
+        elif kind is Block.ID_LAYOUTS:
+            for key, record in pairs:
+                parts.ids.load_layout(key, record)
+        elif kind is Block.ID_WORKERS:
+            for key, record in pairs:
+                parts.ids.load_worker(key, record)
         else:
             for pair in pairs:
                 parts.members.load(pair)
         return len(flat) // 2
 
 
+_RECORDS = (Block.MEMBERS, Block.SESSIONS, Block.LOCKS, Block.ID_LAYOUTS, Block.ID_WORKERS)
+
+
 def _blocks(header: bytes, views: list[View], maps: list[tuple[bytes, int, View]]) -> Iterator[bytes]:
     yield header
     total = 0
-    for kind, view in zip((Block.MEMBERS, Block.SESSIONS, Block.LOCKS), views, strict=False):
+    for kind, view in zip(_RECORDS, views, strict=False):
         for count, block in pack_records(kind, view.drain()):
             total += count
             yield block

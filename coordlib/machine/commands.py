@@ -48,6 +48,10 @@ __all__ = [
     "encode_error",
     "error_reply",
     "expire_sessions",
+    "ids_lease",
+    "ids_renew",
+    "ids_return",
+    "ids_skip",
     "is_internal",
     "is_success",
     "map_clear",
@@ -65,6 +69,9 @@ __all__ = [
     "query_contains",
     "query_get",
     "query_get_meta",
+    "query_ids_info",
+    "query_ids_list",
+    "query_ids_owner",
     "query_len",
     "query_lock",
     "query_locks",
@@ -116,6 +123,10 @@ class OpCode(IntEnum):
     MAP_UPDATE = 38
     MAP_CLEAR = 39
     MAP_COMPARE_AND_SET = 40
+    IDS_LEASE = 48
+    IDS_RENEW = 49
+    IDS_RETURN = 50
+    IDS_SKIP = 51
 
 
 class QueryCode(IntEnum):
@@ -129,6 +140,9 @@ class QueryCode(IntEnum):
     LOCK_LIST = 17
     ACQUISITION = 18
     MEMBERS = 32
+    IDS_INFO = 48
+    IDS_OWNER = 49
+    IDS_LIST = 50
 
 
 class AcquisitionState:
@@ -292,6 +306,36 @@ def _epoch(value: Any, limits: Limits) -> None:
         raise _malformed("a restore epoch has 15 bits")
 
 
+def _layout(value: Any, limits: Limits) -> None:
+    if type(value) is not list or len(value) != 6:
+        raise _malformed("a layout must be six numbers")
+    for item in value:
+        _uint(item, limits)
+    time_bits, sequence_bits, worker_bits, unit_ms, epoch_ms, worker_is_lowest = value
+    if not 1 <= time_bits <= 63 or sequence_bits + worker_bits > 62:
+        raise UsageError(
+            f"a layout needs 1 to 63 bits of time, not {time_bits}, and at most 62 of sequence and worker, "
+            f"not {sequence_bits} and {worker_bits}"
+        )
+    if not 1 <= unit_ms <= 10_000 or worker_is_lowest > 1:
+        raise UsageError(f"a layout's unit must be 1 to 10000 ms, not {unit_ms}; its order 0 or 1")
+    _instant(epoch_ms, limits)
+
+
+def _instant(value: Any, limits: Limits) -> None:
+    _uint(value, limits)
+    if value >= 1 << 47:
+        raise UsageError(f"{value} ms since 1970 is past the year 6400: is the unit right?")
+
+
+def _window(value: Any, limits: Limits) -> None:
+    _uint(value, limits)
+    if value == 0:
+        raise UsageError("a window must be at least 1 ms")
+    if value > limits.ids_window_ms_max:
+        raise exceeded("ids_window_ms_max", limits.ids_window_ms_max, value)
+
+
 _OPERATIONS: dict[int, tuple[_Check, ...]] = {
     OpCode.SESSION_OPEN: (_code, _identity16, _ttl, _text),
     OpCode.SESSION_CLOSE: (_code,),
@@ -311,6 +355,10 @@ _OPERATIONS: dict[int, tuple[_Check, ...]] = {
     OpCode.MAP_UPDATE: (_code, _name, _pairs, _guard),
     OpCode.MAP_CLEAR: (_code, _name, _guard),
     OpCode.MAP_COMPARE_AND_SET: (_code, _name, _key, _optional(_value), _optional(_value), _guard),
+    OpCode.IDS_LEASE: (_code, _name, _layout, _window),
+    OpCode.IDS_RENEW: (_code, _name, _uint, _uint, _window),
+    OpCode.IDS_RETURN: (_code, _name, _uint, _uint, _uint),
+    OpCode.IDS_SKIP: (_code, _instant),
 }
 
 _QUERIES: dict[int, tuple[_Check, ...]] = {
@@ -324,6 +372,9 @@ _QUERIES: dict[int, tuple[_Check, ...]] = {
     QueryCode.LOCK_LIST: (_code, _optional(_name), _uint),
     QueryCode.ACQUISITION: (_code, _name, _uint, _uint),
     QueryCode.MEMBERS: (_code,),
+    QueryCode.IDS_INFO: (_code, _name),
+    QueryCode.IDS_OWNER: (_code, _name, _uint, _uint),
+    QueryCode.IDS_LIST: (_code, _optional(_name), _uint),
 }
 
 _INTERNAL = frozenset(
@@ -557,6 +608,43 @@ def map_compare_and_set(
     return encode((OpCode.MAP_COMPARE_AND_SET.value, map_name, key, expected, new, guard))
 
 
+def ids_lease(name: bytes, layout: Iterable[int], window_ms: int) -> bytes:
+    """
+    -> [worker, lease, from unit, until unit, present unit of the lease's clock, epoch in ms].
+
+    A window that no other ever overlaps, of a worker that nobody else has. `layout` is time_bits, sequence_bits,
+    worker_bits, unit_ms, epoch_ms (0: the cluster's own), worker_is_lowest (1 or 0). ConditionFailed: the name has
+    another layout. QuotaExceeded: all workers are leased. IdOverflow: the layout's time is used up.
+    """
+    return encode((OpCode.IDS_LEASE.value, name, list(layout), window_ms))
+
+
+def ids_renew(name: bytes, worker: int, lease: int, window_ms: int) -> bytes:
+    """
+    -> [until unit, present unit of the lease's clock]. Never shortens the window.
+
+    NotHolder: it has ended, or the lease is not the worker's; nothing was changed.
+    """
+    return encode((OpCode.IDS_RENEW.value, name, worker, lease, window_ms))
+
+
+def ids_return(name: bytes, worker: int, lease: int, used_until_unit: int) -> bytes:
+    """
+    -> [until unit]. Ends the lease; from `used_until_unit` on (exclusive: the first unit not used) its time is free.
+
+    Again: the same answer, nothing is changed. NotHolder: the lease is not the worker's any more.
+    """
+    return encode((OpCode.IDS_RETURN.value, name, worker, lease, used_until_unit))
+
+
+def ids_skip(floor_ms: int) -> bytes:
+    """
+    -> [floor in force in ms, was it raised]. After a restore from back-up: no window of any generator begins
+    before the floor from now on, and all present leases are ended. A floor that is no later changes nothing.
+    """
+    return encode((OpCode.IDS_SKIP.value, floor_ms))
+
+
 # --- builders of queries ----------------------------------------------------------------------------------
 
 
@@ -625,3 +713,21 @@ def query_acquisition(lock: bytes, session: int, sequence: int) -> bytes:
 def query_members() -> bytes:
     """-> [[[node, endpoint, disk id], ...]]. Sorted by node."""
     return encode((QueryCode.MEMBERS.value,))
+
+
+def query_ids_info(name: bytes) -> bytes:
+    """
+    -> [layout or None, workers there are, ever used, leased, present unit, floor in ms]. Leased and present unit
+    are as of the last entry's log_time.
+    """
+    return encode((QueryCode.IDS_INFO.value, name))
+
+
+def query_ids_owner(name: bytes, worker: int, unit: int) -> bytes:
+    """-> [who had the worker at that unit, None if unknown]. Only a worker's last 8 windows are remembered."""
+    return encode((QueryCode.IDS_OWNER.value, name, worker, unit))
+
+
+def query_ids_list(after: bytes | None = None, limit: int = 1000) -> bytes:
+    """-> [[[name, layout, workers ever used], ...], are there more]. Sorted by name."""
+    return encode((QueryCode.IDS_LIST.value, after, limit))

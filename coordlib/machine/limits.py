@@ -27,7 +27,8 @@ class Limits(NamedTuple):
     There is none on the replies of all sessions together, on purpose: an idle session acknowledges its last reply
     only with its next request, so that a few that rest could keep all others from working.
 
-    Disk: the order of fields is part of the snapshot format.
+    Disk: the order of fields is part of the snapshot format. New ones go to the end, and their defaults are never
+    changed: a snapshot that was written before they existed gets them.
     """
 
     name_size_bytes_max: int = 256  # of maps, locks, owners
@@ -47,6 +48,9 @@ class Limits(NamedTuple):
     acquisitions_max: int = 200_000  # held and queued, of all sessions: bounds the number of locks as well
     session_acquisitions_max: int = 4096
     lock_waiters_max: int = 10_000
+    ids_window_ms_max: int = 600_000  # what a restore from back-up has to skip
+    id_generators_max: int = 1024
+    id_workers_max: int = 100_000  # ever used, of all generators: beyond it only those used before are leased
 
 
 def exceeded(limit: str, maximum: int, wanted: int) -> QuotaExceeded:

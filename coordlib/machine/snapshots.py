@@ -21,7 +21,8 @@ from coordlib.errors import CoordError, FatalError, LocalProtocolError, RemotePr
 __all__ = ["Block", "SnapshotSink", "SnapshotSource", "UnknownSnapshot", "pack_block", "pack_records"]
 
 MAGIC = b"CLSN"
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = 2  # 2: ids, and more limits
+_READABLE = (1, SNAPSHOT_VERSION)
 _PREAMBLE = struct.Struct(">4sH")
 _LENGTH = struct.Struct(">I")
 
@@ -39,6 +40,9 @@ class Block(IntEnum):
     MAP = 4  # name, revision: the map that the following ENTRIES belong to
     ENTRIES = 5  # [key, record, ...]
     END = 6  # number of records in all
+    IDS = 7  # floor in ms, last lease, fence
+    ID_LAYOUTS = 8  # [key, record, ...]
+    ID_WORKERS = 9  # [key, record, ...]
 
 
 class UnknownSnapshot(FatalError):
@@ -185,7 +189,7 @@ class SnapshotSink:
             magic, version = _PREAMBLE.unpack_from(buffer)
             if magic != MAGIC:
                 raise RemoteProtocolError("not a snapshot")
-            if version != SNAPSHOT_VERSION:
+            if version not in _READABLE:
                 raise UnknownSnapshot(
                     f"the snapshot is of format {version}, this version reads {SNAPSHOT_VERSION}: "
                     "upgrade coordlib on this node",

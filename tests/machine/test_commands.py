@@ -21,6 +21,7 @@ from coordlib.machine import Limits, StaleRequest, UnknownCommand, commands
 from coordlib.machine.commands import OpCode, QueryCode
 
 NONCE = bytes(range(16))
+LAYOUT = (41, 12, 10, 1, 0, 1)
 OPERATIONS: dict[OpCode, bytes] = {
     OpCode.SESSION_OPEN: commands.open_session(NONCE, 10_000, "worker-1"),
     OpCode.SESSION_CLOSE: commands.close_session(),
@@ -40,6 +41,10 @@ OPERATIONS: dict[OpCode, bytes] = {
     OpCode.MAP_UPDATE: commands.map_update(b"m", [(b"k", b"v"), (b"l", b"w")]),
     OpCode.MAP_CLEAR: commands.map_clear(b"m"),
     OpCode.MAP_COMPARE_AND_SET: commands.map_compare_and_set(b"m", b"k", None, b"v"),
+    OpCode.IDS_LEASE: commands.ids_lease(b"orders", LAYOUT, 10_000),
+    OpCode.IDS_RENEW: commands.ids_renew(b"orders", 0, 1, 10_000),
+    OpCode.IDS_RETURN: commands.ids_return(b"orders", 0, 1, 5),
+    OpCode.IDS_SKIP: commands.ids_skip(1_800_000_000_000),
 }
 QUERIES: dict[QueryCode, bytes] = {
     QueryCode.GET: commands.query_get(b"m", b"k"),
@@ -52,6 +57,9 @@ QUERIES: dict[QueryCode, bytes] = {
     QueryCode.LOCK_LIST: commands.query_locks(),
     QueryCode.ACQUISITION: commands.query_acquisition(b"lock", 1, 2),
     QueryCode.MEMBERS: commands.query_members(),
+    QueryCode.IDS_INFO: commands.query_ids_info(b"orders"),
+    QueryCode.IDS_OWNER: commands.query_ids_owner(b"orders", 0, 5),
+    QueryCode.IDS_LIST: commands.query_ids_list(),
 }
 LIMITS = Limits()
 
@@ -93,6 +101,10 @@ def test_numbers_of_operations_are_what_old_logs_hold() -> None:
         "MAP_UPDATE": 38,
         "MAP_CLEAR": 39,
         "MAP_COMPARE_AND_SET": 40,
+        "IDS_LEASE": 48,
+        "IDS_RENEW": 49,
+        "IDS_RETURN": 50,
+        "IDS_SKIP": 51,
     }
 
 
@@ -176,6 +188,10 @@ def test_what_is_no_operation_counts_as_internal(data: bytes) -> None:
         encode([OpCode.SESSION_CHECKPOINT.value, [[1]]]),
         encode([OpCode.SESSION_CHECKPOINT.value, {}]),
         encode([OpCode.BEGIN_EPOCH.value, 1 << 15]),
+        encode([OpCode.IDS_LEASE.value, b"n", [41, 12, 10, 1, 0], 1000]),
+        encode([OpCode.IDS_LEASE.value, b"n", [41, 12, 10, 1, 0, True], 1000]),
+        encode([OpCode.IDS_LEASE.value, b"n", "layout", 1000]),
+        encode([OpCode.IDS_RENEW.value, b"n", -1, 1, 1000]),
     ],
 )
 def test_malformed_operations_are_a_protocol_error(operation: bytes) -> None:
@@ -195,6 +211,8 @@ def test_malformed_operations_are_a_protocol_error(operation: bytes) -> None:
         ("key_size_bytes_max", lambda size: commands.map_update(b"m", [(b"k" * size, b"v")])),
         ("value_size_bytes_max", lambda size: commands.map_put(b"m", b"k", b"v" * size)),
         ("value_size_bytes_max", lambda size: commands.map_compare_and_set(b"m", b"k", None, b"v" * size)),
+        ("ids_window_ms_max", lambda size: commands.ids_lease(b"n", LAYOUT, size)),
+        ("ids_window_ms_max", lambda size: commands.ids_renew(b"n", 0, 1, size)),
         ("update_pairs_max", lambda size: commands.map_update(b"m", [(b"%d" % n, b"") for n in range(size)])),
     ],
 )
@@ -225,10 +243,25 @@ def test_an_entry_too_large_is_refused_before_it_is_decoded() -> None:
 
 
 @pytest.mark.parametrize(
-    "operation", [commands.acquire(b""), commands.map_clear(b""), commands.open_session(NONCE, 1, "x")]
+    "operation",
+    [
+        commands.acquire(b""),
+        commands.map_clear(b""),
+        commands.open_session(NONCE, 1, "x"),
+        commands.ids_lease(b"n", (0, 12, 10, 1, 0, 1), 1000),
+        commands.ids_lease(b"n", (64, 12, 10, 1, 0, 1), 1000),
+        commands.ids_lease(b"n", (1, 53, 10, 1, 0, 1), 1000),
+        commands.ids_lease(b"n", (41, 12, 10, 0, 0, 1), 1000),
+        commands.ids_lease(b"n", (41, 12, 10, 10_001, 0, 1), 1000),
+        commands.ids_lease(b"n", (41, 12, 10, 1, 1 << 47, 1), 1000),
+        commands.ids_lease(b"n", (41, 12, 10, 1, 0, 2), 1000),
+        commands.ids_lease(b"n", LAYOUT, 0),
+        commands.ids_renew(b"n", 0, 1, 0),
+        commands.ids_skip(1 << 47),
+    ],
 )
 def test_values_out_of_range_are_the_callers_mistake(operation: bytes) -> None:
-    """Well formed, but not allowed: an empty name, a TTL too short."""
+    """Well formed, but not allowed: an empty name, a TTL too short, ids without time."""
     with pytest.raises(UsageError):
         commands.decode_operation(operation, LIMITS)
 

@@ -302,6 +302,9 @@ def _content(machine: Machine) -> object:
         [_drained(table) for table in tables],
         _drained(machine._locks.table),
         _drained(machine._members.table),
+        _drained(machine._ids.layouts),
+        _drained(machine._ids.workers),
+        (machine._ids.floor_ms, machine._ids.last_lease),
         [session[:2] for session in machine.sessions.live()],
         machine._locks.counter,
     )

@@ -11,11 +11,11 @@ import pytest
 from coordlib.cbor import encode
 from coordlib.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from coordlib.machine import Limits, Machine, UnknownSnapshot, commands
-from coordlib.machine.snapshots import PREAMBLE, Block, pack_block
+from coordlib.machine.snapshots import PREAMBLE, SNAPSHOT_VERSION, Block, pack_block
 from coordlib.machine.table import BUCKETS
 from tests.machine.driver import Driver, restore, snapshot
 
-FIXTURE = Path(__file__).parent / "fixtures" / "format-1.txt"
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def populated(seed: int = 1, limits: Limits | None = None) -> Driver:
@@ -38,8 +38,15 @@ def disturb(driver: Driver, rng: random.Random, sessions: list[int]) -> None:
     name = b"map-%d" % rng.randrange(3)
     key = b"key-%d" % rng.randrange(200)
     lock = b"lock-%d" % rng.randrange(10)
+    ids = b"ids-%d" % rng.randrange(2)
     operation = rng.choice(
         [
+            commands.ids_lease(ids, (41, 12, 3, 1, 1, 1), rng.randrange(1, 200)),
+            commands.ids_renew(ids, rng.randrange(8), rng.randrange(1, 50), 100),
+            commands.ids_return(ids, rng.randrange(8), rng.randrange(1, 50), rng.randrange(4000)),
+            commands.ids_skip(driver.now_ms + 10)
+            if rng.random() < 0.05
+            else commands.map_put(name, key, b"x"),
             commands.map_put(name, key, rng.randbytes(rng.randrange(50))),
             commands.map_delete(name, key),
             commands.map_update(name, [(b"key-%d" % rng.randrange(200), b"u") for _ in range(5)]),
@@ -72,6 +79,8 @@ def test_a_restored_machine_is_the_machine() -> None:
         "grants",
         "keys",
         "state_bytes",
+        "id_generators",
+        "id_workers",
     )
     for name in names:
         assert driver.machine.counters[name] == other.counters[name]
@@ -108,6 +117,7 @@ def test_a_snapshot_is_of_the_moment_it_was_begun(seed: int) -> None:
     source.close()
     assert expected == b"".join(parts)
     assert not driver.machine.sessions.table.views
+    assert not driver.machine._ids.workers.views
     # A member that was restored from it and is given the rest of the log agrees with all others.
     other = restore(expected)
     for index, data in driver.log:
@@ -178,8 +188,8 @@ def test_a_damaged_snapshot_leaves_the_state_as_it_was() -> None:
 def test_a_snapshot_of_a_newer_format_is_refused_with_the_remedy() -> None:
     """The node stops, with its state unchanged."""
     with pytest.raises(UnknownSnapshot) as caught:
-        Machine().begin_restore().feed(b"CLSN\x00\x02")
-    assert ("upgrade" in str(caught.value), 2) == (True, caught.value.version)
+        Machine().begin_restore().feed(b"CLSN\x00\x03")
+    assert ("upgrade" in str(caught.value), 3) == (True, caught.value.version)
 
 
 @pytest.mark.parametrize(
@@ -221,21 +231,27 @@ def test_sources_and_sinks_are_used_once() -> None:
         sink.feed(b"")
 
 
-def test_the_first_format_is_still_read_and_written() -> None:
+@pytest.mark.parametrize("version", [1, SNAPSHOT_VERSION])
+def test_every_format_is_still_read(version: int) -> None:
     """
-    Disk: a log and its snapshot as the first version wrote them.
+    Disk: a log and its snapshot as each version wrote them.
 
     Replies, the texts of errors among them, are part of the state: changing one makes members of two versions
-    differ.
+    differ. So do the defaults of limits that a snapshot is older than.
     """
-    lines = [line.split() for line in FIXTURE.read_text().splitlines()]
+    lines = [line.split() for line in (FIXTURES / f"format-{version}.txt").read_text().splitlines()]
     driver = Driver()
     for kind, *fields in lines:
         if kind == "entry":
             driver.machine.apply(int(fields[0]), 1, bytes.fromhex(fields[1]))
     stored = bytes.fromhex(lines[-1][1])
-    assert stored == snapshot(driver.machine)
-    assert driver.machine.digest() == restore(stored).digest()
+    assert stored.startswith(b"CLSN" + version.to_bytes(2))
+    restored = restore(stored)
+    restored.check_invariants()
+    assert driver.machine.digest() == restored.digest()
+    assert driver.machine.limits == restored.limits == Limits()
+    if version == SNAPSHOT_VERSION:
+        assert stored == snapshot(driver.machine)
 
 
 def test_two_hundred_thousand_keys_are_taken_in_small_steps() -> None:
