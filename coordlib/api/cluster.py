@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, ParamSpec, Self, TypeVar, cast
 
 from coordlib.api.codec import Codec
-from coordlib.api.engine import Engine, OpGen, arun, check_usable, run
 from coordlib.api.grants import Grants
 from coordlib.api.locks import AsyncLock, GrantCallback, Lock
 from coordlib.api.maps import AsyncMap, Map
@@ -28,6 +27,7 @@ from coordlib.config import (
 )
 from coordlib.errors import ConfigError, FlavourError, ForkedError
 from coordlib.node.driver import ClientDriver, Driver, MemberDriver
+from coordlib.node.operations import Engine, OpGen, arun, check_usable, run
 from coordlib.node.process import ProcessDriver
 from coordlib.storage.files import PosixFileSystem
 from coordlib.storage.memory import MemoryStorage

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from coordlib.api.codec import encode_name
-from coordlib.api.engine import FOREVER_MS, OpGen, Step
 from coordlib.config import milliseconds
 from coordlib.errors import (
     CommitTimeout,
@@ -33,6 +32,7 @@ from coordlib.errors import (
 from coordlib.machine import commands
 from coordlib.machine.commands import AcquisitionState
 from coordlib.node.clock import monotonic_ms
+from coordlib.node.operations import FOREVER_MS, OpGen, Step
 from coordlib.node.session import SessionState, SessionView
 from coordlib.types import Token
 from coordlib.wire.messages import RequestKind

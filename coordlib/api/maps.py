@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, MutableM
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from coordlib.api.codec import CANONICAL, Codec, decode_key, encode_key, encode_name
-from coordlib.api.engine import OpGen, Step
 from coordlib.api.guards import Guard, guard_of
 from coordlib.errors import KeyMissing, RevisionCompacted, UsageError
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
+from coordlib.node.operations import OpGen, Step
 from coordlib.types import Revision
 from coordlib.wire.messages import RequestKind
 

@@ -8,11 +8,11 @@ import os
 from typing import Any, Final
 
 from coordlib.api.cluster import Cluster
-from coordlib.api.engine import OpGen, Step
 from coordlib.cli.settings import client_settings
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.driver import ClientDriver
+from coordlib.node.operations import OpGen, Step
 from coordlib.wire.messages import RequestKind
 
 __all__ = ["run"]

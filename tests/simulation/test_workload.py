@@ -12,11 +12,11 @@ from unittest.mock import patch
 
 import pytest
 
-from coordlib.api.engine import FOREVER_MS, OpGen, Step
 from coordlib.api.locks import Grant, LockInfo, _LockBase
 from coordlib.api.maps import _MapBase
 from coordlib.config import Timing
 from coordlib.errors import CommitTimeout, CoordError, LockLost, NoQuorum
+from coordlib.node.operations import FOREVER_MS, OpGen, Step
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation.choices import Choices
 from coordlib.testing.simulation.processes import Process

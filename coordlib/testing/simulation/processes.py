@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from coordlib.api.engine import FOREVER_MS
 from coordlib.api.grants import Grants
 from coordlib.errors import CoordError, NoQuorum
 from coordlib.node.client import ClientKernel
@@ -21,6 +20,7 @@ from coordlib.node.driver import ClientDriver, Driver, MemberDriver, SessionList
 from coordlib.node.effects import Effects, LogEvent
 from coordlib.node.kernel import MemberKernel
 from coordlib.node.links import Links
+from coordlib.node.operations import FOREVER_MS
 from coordlib.node.session import Call
 from coordlib.raft.messages import SnapshotMeta
 from coordlib.storage import SegmentStorage
@@ -106,7 +106,7 @@ class Operation:
             self._advance(lambda: self._generator.send(reply or b""))
 
     def _advance(self, advance: Callable[[], Any]) -> None:
-        # As `coordlib.api.engine.run` does, without a thread that waits.
+        # As `coordlib.node.operations.run` does, without a thread that waits.
         process = self.process
         with process.reading_clock():
             try:

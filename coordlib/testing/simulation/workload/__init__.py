@@ -15,8 +15,8 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import Final
 
-from coordlib.api.engine import OpGen
 from coordlib.errors import DefiniteError, IndeterminateError
+from coordlib.node.operations import OpGen
 from coordlib.testing.checkers import Verdict, check
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation.choices import Stream

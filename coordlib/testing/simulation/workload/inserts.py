@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from coordlib.api.engine import OpGen
 from coordlib.errors import KeyExists
+from coordlib.node.operations import OpGen
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.workload.site import Outcome, Service, Site, Task, Worker
 

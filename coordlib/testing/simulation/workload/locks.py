@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
-from coordlib.api.engine import OpGen
 from coordlib.api.grants import Grants
 from coordlib.api.locks import Grant, GrantState, LockInfo, _LockBase
 from coordlib.api.maps import ABSENT
 from coordlib.errors import LockLost, LockTimeout, SessionExpired
 from coordlib.machine import commands
 from coordlib.machine.commands import AcquisitionState
+from coordlib.node.operations import OpGen
 from coordlib.node.session import Call, SessionState, SessionView
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.workload.keys import Key, Keys

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from coordlib.api.engine import OpGen
 from coordlib.api.maps import ABSENT, VersionedValue
 from coordlib.errors import KeyExists
+from coordlib.node.operations import OpGen
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.workload.keys import Key, Keys
 from coordlib.testing.simulation.workload.site import Outcome, Service, Site, Task, Worker

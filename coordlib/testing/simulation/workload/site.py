@@ -10,9 +10,9 @@ from asyncio import CancelledError
 from collections.abc import Callable, Generator
 from typing import Any, Final, NoReturn, Protocol
 
-from coordlib.api.engine import OpGen, Step
 from coordlib.api.maps import _MapBase
 from coordlib.errors import ClusterClosed, DefiniteError, FatalError, IndeterminateError, LeadershipLost
+from coordlib.node.operations import OpGen, Step
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.processes import Operation, Process

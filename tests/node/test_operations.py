@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 import coordlib
-from coordlib.api.engine import FOREVER_MS, Engine, OpGen, Step, arun, run, start
 from coordlib.errors import ClusterClosed, CommitTimeout, NoQuorum
 from coordlib.node.clock import monotonic_ms
+from coordlib.node.operations import FOREVER_MS, Engine, OpGen, Step, arun, run, start
 from coordlib.node.session import Call
 from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.wire.messages import RequestKind
@@ -163,7 +163,7 @@ def test_whoever_is_interrupted_in_a_pause_cleans_up(
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coordlib.api.engine.time.sleep", interrupted)
+    monkeypatch.setattr("coordlib.node.operations.time.sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(cast(Engine, engine), pausing(seen))
 
