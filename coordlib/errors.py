@@ -216,7 +216,7 @@ class LockLost(DefiniteError):
 
 
 class NotHolder(DefiniteError):
-    """Release of a lock that this handle does not hold."""
+    """Release of a lock that this handle does not hold, or use of a lease of ids that has ended."""
 
     code = "not-holder"
 

@@ -324,8 +324,8 @@ def _layout(value: Any, limits: Limits) -> None:
 
 def _instant(value: Any, limits: Limits) -> None:
     _uint(value, limits)
-    if value >= 1 << 47:
-        raise UsageError(f"{value} ms since 1970 is past the year 6400: is the unit right?")
+    if value >= 1 << 48:
+        raise UsageError(f"{value} ms since 1970 is past the year 9999: is the unit right?")
 
 
 def _window(value: Any, limits: Limits) -> None:

@@ -35,7 +35,7 @@ DEFAULT_EPOCH_MS = 1_735_689_600_000
 
 HISTORY_MAX = 8  # windows remembered for each worker, the present one included
 SKIP_MS_MAX = 366 * 24 * 60 * 60 * 1000  # a floor in microseconds would end a cluster's ids for good
-_SKIP_LEASES_BITS = 16  # see `Ids.skip`
+_SKIP_LEASES_BITS = 15  # see `Ids.skip`
 _GENERATORS_SHOWN = 1000
 _NUMBER = struct.Struct(">Q")
 
@@ -266,7 +266,7 @@ class Ids:
         if is_raised:
             self.floor_ms = floor_ms
             # A history that was lost may have given the same numbers to other leases. It cannot have come so
-            # far: that would be 65,536 leases in each millisecond since 1970.
+            # far: that would be 32,768 leases in each millisecond since 1970.
             self.last_lease = self.fence = max(self.last_lease, floor_ms << _SKIP_LEASES_BITS)
             for generator in self._generators.values():
                 generator.free_all()

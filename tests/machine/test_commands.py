@@ -253,11 +253,11 @@ def test_an_entry_too_large_is_refused_before_it_is_decoded() -> None:
         commands.ids_lease(b"n", (1, 53, 10, 1, 0, 1), 1000),
         commands.ids_lease(b"n", (41, 12, 10, 0, 0, 1), 1000),
         commands.ids_lease(b"n", (41, 12, 10, 10_001, 0, 1), 1000),
-        commands.ids_lease(b"n", (41, 12, 10, 1, 1 << 47, 1), 1000),
+        commands.ids_lease(b"n", (41, 12, 10, 1, 1 << 48, 1), 1000),
         commands.ids_lease(b"n", (41, 12, 10, 1, 0, 2), 1000),
         commands.ids_lease(b"n", LAYOUT, 0),
         commands.ids_renew(b"n", 0, 1, 0),
-        commands.ids_skip(1 << 47),
+        commands.ids_skip(1 << 48),
     ],
 )
 def test_values_out_of_range_are_the_callers_mistake(operation: bytes) -> None:
