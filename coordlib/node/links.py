@@ -104,7 +104,8 @@ class Links:
         self._attached: set[bytes] = set()
         self._last_messages: Sequence[tuple[int, Any]] = ()
         self._last_plaintext = b""
-        self._incarnations: dict[str, int] = {}  # member -> its newest run
+        # Member -> its newest run, and the latest of that run's greetings that led to a session.
+        self._incarnations: dict[str, tuple[int, int]] = {}
         self._misbehaviour = Misbehaviour()
         self._say_once = SayOnce()
         self._is_anyone_quarantined = False
@@ -210,12 +211,12 @@ class Links:
                     now,
                 )
                 return
-            if result.is_first:
-                self._incarnations[peer.node] = peer.incarnation
+            newest, greeting = self._incarnations.get(peer.node, (peer.incarnation, 0))
+            if result.is_first and (newest == peer.incarnation or result.greeting > greeting):
+                self._incarnations[peer.node] = peer.incarnation, max(greeting, result.greeting)
                 kernel.peer_incarnation(peer.node, peer.incarnation)
-            elif self._incarnations.get(peer.node) != peer.incarnation:
-                # What an earlier run of it sent, still on its way. Should it be this run that is alive, and the first
-                # message of the other only have come late, then it greets anew and is the newest again.
+            elif newest != peer.incarnation:
+                # What an earlier run of it sent, still on its way.
                 self._count("stale-incarnation")
                 self._responder.drop(route)
                 return

@@ -127,11 +127,19 @@ class Established(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A sealed message of `peer`. `is_first`: of this session (a new connection, or a re-keyed one)."""
+    """
+    A sealed message of `peer`. `is_first`: of this session (a new connection, or a re-keyed one).
+
+    `greeting` numbers the greetings that a responder has answered, this session's among them; 0 at the initiator.
+    Of two runs of one node that both sealed something, the later one greeted later: nobody seals before it has got
+    the answer to its greeting, and the earlier run had ended before the later one greeted. Their first messages, on
+    two connections, may come in either order.
+    """
 
     peer: ChannelIdentity
     plaintext: bytes
     is_first: bool
+    greeting: int = 0
 
 
 class Rejected(NamedTuple):
@@ -172,7 +180,7 @@ class RejectFrame(NamedTuple):
 
 
 class _Session:
-    __slots__ = ("is_live", "kid", "opener", "peer", "route", "seal", "was_used")
+    __slots__ = ("greeting", "is_live", "kid", "opener", "peer", "route", "seal", "was_used")
 
     def __init__(
         self, peer: ChannelIdentity, kid: bytes, opener: Encrypt0Opener, seal: Encrypt0Seal, route: bytes
@@ -184,6 +192,7 @@ class _Session:
         self.route = route
         self.is_live = False  # something that the peer sealed has opened
         self.was_used = False  # since eviction last looked
+        self.greeting = 0
 
 
 class _PendingHello(NamedTuple):
@@ -552,7 +561,7 @@ class Responder:
 
     __slots__ = (
         *("_half_open", "_half_open_by_route", "_half_open_max", "_identity", "_keys", "_open", "_open_max"),
-        *("_random_bytes", "_routes", "_faults"),
+        *("_random_bytes", "_routes", "_faults", "_greetings"),
     )
 
     def __init__(
@@ -575,6 +584,7 @@ class Responder:
         self._half_open_by_route: dict[bytes, _Session] = {}  # the newest of each route
         self._open: dict[bytes, _Session] = {}  # by kid; Invariant: exactly the values of _routes
         self._routes: dict[bytes, _Session] = {}
+        self._greetings = 0
         self._faults: dict[bytes, int] = {}  # by route, since its last accepted HELLO; for `_answer`
 
     @property
@@ -651,7 +661,7 @@ class Responder:
         if session.is_live:
             return Opened(session.peer, plaintext, False)
         self._become_live(session)
-        return Opened(session.peer, plaintext, True)
+        return Opened(session.peer, plaintext, True, session.greeting)
 
     def _become_live(self, session: _Session) -> None:
         """The first message of a half-open session has opened: the route is this peer's from now on."""
@@ -750,6 +760,8 @@ class Responder:
             sending=_TO_INITIATOR,
             route=route,
         )
+        self._greetings += 1
+        session.greeting = self._greetings
         self._add_half_open(session)
         self._faults.pop(route, None)
         return HelloAccepted(reply, peer)

@@ -115,7 +115,7 @@ def test_both_ends_learn_who_the_other_is_and_read_each_other() -> None:
     assert left.receive(accepted.reply_frame) == Established(B)
     assert left.is_established
     assert left.peer == B
-    assert right.receive(ROUTE, left.seal(b"one")) == Opened(A, b"one", True)
+    assert right.receive(ROUTE, left.seal(b"one")) == Opened(A, b"one", True, 1)
     assert right.receive(ROUTE, left.seal(b"two")) == Opened(A, b"two", False)
     assert right.peer_of(ROUTE) == A
     assert left.receive(right.seal(ROUTE, b"three")) == Opened(B, b"three", True)
@@ -203,7 +203,7 @@ def test_rekeying_loses_no_message_of_either_direction() -> None:
     assert right.receive(ROUTE, left.seal(b"old 2")) == Opened(A, b"old 2", False)
     left.receive(accepted.reply_frame)
     assert left.receive(late) == Opened(B, b"sealed with the old session", False)
-    assert right.receive(ROUTE, left.seal(b"new")) == Opened(A, b"new", True)
+    assert right.receive(ROUTE, left.seal(b"new")) == Opened(A, b"new", True, 2)
     assert left.receive(right.seal(ROUTE, b"new")) == Opened(B, b"new", True)
     assert right.open_count == 1
     assert right.half_open_count == 0
@@ -254,7 +254,7 @@ def test_what_was_sealed_for_an_old_connection_does_not_open_on_a_new_one() -> N
     left.receive(accepted.reply_frame)
     with pytest.raises(UnknownSession):
         left.receive(answer.reply_frame)
-    assert right.receive(b"new route", left.seal(b"x")) == Opened(A, b"x", True)
+    assert right.receive(b"new route", left.seal(b"x")) == Opened(A, b"x", True, 2)
 
 
 def test_a_welcome_to_an_older_hello_is_ignored() -> None:
@@ -285,7 +285,7 @@ def test_a_responder_that_lost_the_session_asks_for_a_new_hello_once() -> None:
     assert left.receive(answer.reply_frame) == RehelloWanted()
     assert left.is_established
     shake(left, restarted)
-    assert restarted.receive(ROUTE, left.seal(b"x")) == Opened(A, b"x", True)
+    assert restarted.receive(ROUTE, left.seal(b"x")) == Opened(A, b"x", True, 1)
 
 
 # ------------------------------------------------------------------------------------- refusals in words
@@ -330,7 +330,7 @@ def test_a_node_with_the_new_secret_falls_back_for_one_that_has_only_the_old() -
     assert rejected.retry_epoch_index == 1
     left.use_epoch(1)
     shake(left, right)
-    assert right.receive(ROUTE, left.seal(b"x")) == Opened(A, b"x", True)
+    assert right.receive(ROUTE, left.seal(b"x")) == Opened(A, b"x", True, 1)
 
 
 @pytest.mark.parametrize("theirs", [[NEW], [NEW, OLD], [OLD, NEW]])

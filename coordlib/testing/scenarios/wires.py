@@ -350,7 +350,8 @@ class _BelievingResponder(Responder):
 
     def __init__(self, identity: ChannelIdentity) -> None:
         self._identity = identity
-        self._sessions_by_route: dict[bytes, list[Any]] = {}  # route -> [token, peer, was heard before]
+        self._sessions_by_route: dict[bytes, list[Any]] = {}  # route -> [token, peer, was heard before, greeting]
+        self._greetings = 0
 
     def seal(self, route: bytes, plaintext: bytes) -> bytes:
         session = self._sessions_by_route.get(route)
@@ -368,11 +369,12 @@ class _BelievingResponder(Responder):
         token = frame[1:9]
         if frame[:1] == b"H":
             peer = _unpack(frame, self._identity.cluster)
-            self._sessions_by_route[route] = [token, peer, False]
+            self._greetings += 1
+            self._sessions_by_route[route] = [token, peer, False, self._greetings]
             return HelloAccepted(b"W" + token + _pack(self._identity), peer)
         session = self._sessions_by_route.get(route)
         if session is None or session[0] != token:
             return RejectFrame(b"R" + token, "unknown-session", "a session that this node does not have")
         is_first = not session[2]
         session[2] = True
-        return Opened(session[1], frame[9:], is_first)
+        return Opened(session[1], frame[9:], is_first, session[3])

@@ -259,6 +259,8 @@ class _Run:
             and len(members[0].kernel.machine.sessions) <= sum(p.is_up for p in world.processes.values())
             # What goes on behind its caller's back (a release that was given up) ends too.
             and not any(p._kernel.session.pending_count for p in world.processes.values() if p.is_up)
+            # The last word on a snapshot may be lost, although it is installed: it is asked for again after a while.
+            and not any(process.kernel._senders and process.kernel._senders.followers for process in members)
         )
 
     # -- steps ---------------------------------------------------------------------------------------------
