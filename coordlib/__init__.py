@@ -6,6 +6,8 @@ from coordlib.api.locks import AsyncLock, Grant, GrantState, Lock, LockInfo
 from coordlib.api.maps import ABSENT, AsyncMap, Map, VersionedValue
 from coordlib.errors import (
     AuthenticationError,
+    CallLost,
+    CallTimeout,
     ClusterClosed,
     CommitTimeout,
     ConditionFailed,
@@ -34,6 +36,7 @@ from coordlib.errors import (
     QuotaExceeded,
     RemoteProtocolError,
     RevisionCompacted,
+    ServiceUnreachable,
     SessionExpired,
     StartError,
     StorageCorrupt,
@@ -52,6 +55,8 @@ __all__ = [
     "AsyncLock",
     "AsyncMap",
     "AuthenticationError",
+    "CallLost",
+    "CallTimeout",
     "Cluster",
     "ClusterClosed",
     "Codec",
@@ -90,6 +95,7 @@ __all__ = [
     "RemoteProtocolError",
     "Revision",
     "RevisionCompacted",
+    "ServiceUnreachable",
     "SessionExpired",
     "SessionId",
     "StartError",

@@ -8,9 +8,10 @@
     ├─ DefiniteError              did not happen and will not
     │  ├─ NotLeader · NoQuorum · Overloaded · QuotaExceeded · StartError
     │  ├─ ConditionFailed · KeyMissing · KeyExists · RevisionCompacted
-    │  └─ LockTimeout · LockLost · NotHolder · SessionExpired · IdLeaseExpired · IdOverflow
+    │  ├─ LockTimeout · LockLost · NotHolder · SessionExpired · IdLeaseExpired · IdOverflow
+    │  └─ ServiceUnreachable
     ├─ IndeterminateError         may have happened, or may yet
-    │  └─ CommitTimeout · LeadershipLost
+    │  └─ CommitTimeout · LeadershipLost · CallTimeout · CallLost
     ├─ ProtocolError              LocalProtocolError · RemoteProtocolError · AuthenticationError
     └─ FatalError                 the node has stopped: StorageCorrupt · StorageFailed · InvariantViolation
 
@@ -23,6 +24,8 @@ from typing import Any, ClassVar
 
 __all__ = [
     "AuthenticationError",
+    "CallLost",
+    "CallTimeout",
     "ClusterClosed",
     "CommitTimeout",
     "ConditionFailed",
@@ -51,6 +54,7 @@ __all__ = [
     "QuotaExceeded",
     "RemoteProtocolError",
     "RevisionCompacted",
+    "ServiceUnreachable",
     "SessionExpired",
     "StartError",
     "StorageCorrupt",
@@ -240,6 +244,13 @@ class IdOverflow(DefiniteError):
     code = "id-overflow"
 
 
+class ServiceUnreachable(DefiniteError):
+    """No way led to the application that was called: the call was not delivered and will not be."""
+
+    code = "service-unreachable"
+    retryable = True
+
+
 class IndeterminateError(CoordError):
     """It may have happened, or may happen yet. `request_id` identifies the request in logs."""
 
@@ -256,6 +267,18 @@ class LeadershipLost(IndeterminateError):
     """The answer was lost with the leader, and the request can no longer be asked about."""
 
     code = "leadership-lost"
+
+
+class CallTimeout(IndeterminateError, TimeoutError):
+    """No answer came in time from the application that was called: it may have acted on the call, or may yet."""
+
+    code = "call-timeout"
+
+
+class CallLost(IndeterminateError):
+    """The way to the application that was called broke before its answer came: it may have acted on the call."""
+
+    code = "call-lost"
 
 
 class ProtocolError(CoordError):

@@ -14,7 +14,15 @@ import time
 from collections.abc import Callable, Generator
 from typing import Final, Protocol, TypeAlias, TypeVar
 
-from coordlib.errors import ClusterClosed, CommitTimeout, CoordError, ForkedError, NoQuorum, NotStarted
+from coordlib.errors import (
+    CallTimeout,
+    ClusterClosed,
+    CommitTimeout,
+    CoordError,
+    ForkedError,
+    NoQuorum,
+    NotStarted,
+)
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.session import Call, SessionView
 from coordlib.node.waiting import AsyncCall, BackgroundCall, LoopWatch, ThreadCall
@@ -39,6 +47,7 @@ class Step:
         "kind",
         "pause_seconds",
         "sequence",
+        "target",
         "view",
         "withdraws",
     )
@@ -53,6 +62,7 @@ class Step:
         view: SessionView | None = None,
         is_detached: bool = False,
         withdraws: tuple[Call, Callable[[int], bytes]] | None = None,
+        target: int = 0,
     ) -> None:
         self.kind = kind
         self.body = body
@@ -61,6 +71,7 @@ class Step:
         self.view = view
         self.is_detached = is_detached
         self.withdraws = withdraws
+        self.target = target  # of a CALL: the session of the application that is called
         self.call: Call | None = None
         self.joins: Callable[[Call], None] | None = None
         self.pause_seconds = 0.0
@@ -130,11 +141,16 @@ def _given_up(step: Step, call: Call) -> CoordError:
         return CommitTimeout(
             "the node did not answer in time: the request may have taken effect", request_id=call.request_id
         )
+    if step.kind == RequestKind.CALL:
+        return CallTimeout(
+            "the node did not answer in time: the call may have been delivered", request_id=call.request_id
+        )
     return NoQuorum("the node did not answer in time; nothing was changed")
 
 
 def _detach(engine: Engine, step: Step) -> None:
     call = Call(step.kind, step.body, FOREVER_MS, view=step.view, is_detached=True, withdraws=step.withdraws)
+    call.target = step.target
     step.call = call
     engine.submit(call)
 
@@ -157,6 +173,7 @@ def run(engine: Engine, operation: OpGen[T]) -> T:
                 step = operation.send(b"")
                 continue
             call = ThreadCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
+            call.target = step.target
             step.call = call
             try:
                 (step.joins or engine.submit)(call)
@@ -197,6 +214,7 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
                 step = operation.send(b"")
                 continue
             call = AsyncCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
+            call.target = step.target
             step.call = call
             watch = engine.watch(call.loop)
             watch.add(call)
@@ -264,5 +282,6 @@ class _Background:
         call = BackgroundCall(
             step.kind, step.body, step.deadline_ms, self.go_on, sequence=step.sequence, view=step.view
         )
+        call.target = step.target
         step.call = call
         self._engine.submit(call)

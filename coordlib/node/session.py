@@ -87,6 +87,7 @@ class Call:
     waiting: it is retried until it is answered or its session ends, and only one that `is_heard` is told of
     when it has ended. One that `withdraws` another undoes it:
     if the other was never sent, by not sending it; else by the command built from the other's sequence.
+    A CALL has a `target`, the session of the application that is called, and is no matter of `SessionClient`.
     """
 
     __slots__ = (
@@ -102,6 +103,7 @@ class Call:
         "resend_ms",
         "sent_ms",
         "sequence",
+        "target",
         "view",
         "withdraws",
     )
@@ -126,6 +128,7 @@ class Call:
         self.view = view
         self.is_detached = is_detached
         self.withdraws = withdraws
+        self.target = 0
         self.is_queued = False
         self.attempts = 0
         self.request_id = 0

@@ -15,6 +15,7 @@ from coordlib.raft.messages import SnapshotMeta
 
 __all__ = [
     "Announce",
+    "CallStatus",
     "ClientMessage",
     "Form",
     "LeaderInfo",
@@ -27,6 +28,9 @@ __all__ = [
     "Request",
     "RequestKind",
     "Requests",
+    "ServiceCall",
+    "ServiceReply",
+    "Serving",
     "SnapshotAck",
     "SnapshotChunk",
     "StatusQuery",
@@ -40,6 +44,7 @@ class RequestKind(IntEnum):
     STALE_QUERY = 3  # body: a query; answered by the asked node from what it has applied
     KEEP_ALIVE = 4  # body empty; answered after a quorum round begun after its arrival
     WAIT = 5  # body: a query that is answered when its condition holds (lock granted or gone)
+    CALL = 6  # body: an application's, for another one. Never in a Request: it travels as ServiceCall
 
 
 class ReplyStatus(IntEnum):
@@ -47,6 +52,13 @@ class ReplyStatus(IntEnum):
     NOT_LEADER = 1  # body: leader's node id in UTF-8, may be empty; the request was not appended
     ERROR = 2  # body: CBOR [code, message, details]; definite
     UNKNOWN = 3  # the leader lost its office with the request in its log; ask again with the same sequence
+
+
+class CallStatus(IntEnum):
+    OK = 0  # body: the called application's answer
+    ERROR = 1  # body: CBOR [code, message, details]; definite: the application has not acted on the call
+    UNREACHABLE = 2  # the call was not delivered and will not be
+    UNKNOWN = 3  # the way broke before the answer came: the call may have been delivered
 
 
 class Request(NamedTuple):
@@ -150,6 +162,28 @@ class StatusReply(NamedTuple):
     body: bytes  # CBOR map, for people and tools: grows over time, unknown keys are to be ignored
 
 
+class Serving(NamedTuple):
+    """Whoever takes calls, to every member it is connected to, anew every few seconds: they reach it here."""
+
+    session: int  # its own; 0: none any more
+
+
+class ServiceCall(NamedTuple):
+    """A call of one application to another; passed on by one member at most."""
+
+    call_id: int  # of this sender; every one is larger than those before it on the same connection
+    target: int  # session of the application that is called
+    caller: int  # session of the one that calls; 0: it has none at present
+    budget_ms: int  # after so long nobody waits for the answer any more
+    body: bytes
+
+
+class ServiceReply(NamedTuple):
+    call_id: int
+    status: int
+    body: bytes
+
+
 NodeMessage: TypeAlias = (
     Announce
     | Form
@@ -162,5 +196,18 @@ NodeMessage: TypeAlias = (
     | LeaderInfo
     | StatusQuery
     | StatusReply
+    | Serving
+    | ServiceCall
+    | ServiceReply
 )
-ClientMessage: TypeAlias = Requests | Replies | LeaderInfo | StatusQuery | StatusReply | Refusal
+ClientMessage: TypeAlias = (
+    Requests
+    | Replies
+    | LeaderInfo
+    | StatusQuery
+    | StatusReply
+    | Refusal
+    | Serving
+    | ServiceCall
+    | ServiceReply
+)

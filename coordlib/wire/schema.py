@@ -48,6 +48,9 @@ from coordlib.wire.messages import (
     Refusal,
     Replies,
     Requests,
+    ServiceCall,
+    ServiceReply,
+    Serving,
     SnapshotAck,
     SnapshotChunk,
     StatusQuery,
@@ -95,6 +98,9 @@ KINDS: dict[type[Any], int] = {
     MemberStatus: 17,
     SnapshotChunk: 18,
     SnapshotAck: 19,
+    Serving: 20,
+    ServiceCall: 21,
+    ServiceReply: 22,
 }
 
 _KIB = 1024
@@ -127,6 +133,8 @@ LIMITS: dict[tuple[str, str], int] = {
     ("Refusal", "message"): 4096,
     ("SnapshotChunk", "data"): 256 * _KIB,
     ("StatusReply", "body"): 4 * _MIB,
+    ("ServiceCall", "body"): 4 * _MIB,
+    ("ServiceReply", "body"): 4 * _MIB,
 }
 
 _Convert: TypeAlias = Callable[[Any], Any]

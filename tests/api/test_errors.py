@@ -49,3 +49,7 @@ def test_the_tree_says_what_may_be_concluded() -> None:
     assert issubclass(coordlib.ForkedError, coordlib.UsageError)
     assert issubclass(coordlib.IdLeaseExpired, coordlib.DefiniteError)
     assert issubclass(coordlib.IdOverflow, coordlib.DefiniteError)
+    assert issubclass(coordlib.ServiceUnreachable, coordlib.DefiniteError)
+    assert issubclass(coordlib.CallTimeout, coordlib.IndeterminateError)
+    assert issubclass(coordlib.CallTimeout, TimeoutError)
+    assert issubclass(coordlib.CallLost, coordlib.IndeterminateError)

@@ -29,6 +29,7 @@ from coordlib.wire import schema
 from coordlib.wire.faults import MalformedMessage
 from coordlib.wire.messages import (
     Announce,
+    CallStatus,
     Form,
     LeaderInfo,
     MemberStatus,
@@ -40,6 +41,9 @@ from coordlib.wire.messages import (
     Request,
     RequestKind,
     Requests,
+    ServiceCall,
+    ServiceReply,
+    Serving,
     SnapshotAck,
     SnapshotChunk,
     StatusQuery,
@@ -75,6 +79,9 @@ EXAMPLES: list[Message] = [
     MemberStatus(103, 1_700_000_000_000, 12),
     SnapshotChunk(0, 3, META, 1000, 256, b"x" * 500),
     SnapshotAck(0, 3, 100, 756, False),
+    Serving(44),
+    ServiceCall(7, 44, 45, 30_000, b"order"),
+    ServiceReply(7, CallStatus.OK, b"done"),
 ]
 
 
@@ -120,6 +127,9 @@ def test_numbers_of_kinds_are_what_they_were_in_the_first_release() -> None:
         "MemberStatus": 17,
         "SnapshotChunk": 18,
         "SnapshotAck": 19,
+        "Serving": 20,
+        "ServiceCall": 21,
+        "ServiceReply": 22,
     }
 
 
@@ -332,6 +342,8 @@ def longer(where: tuple[str, str], by: int) -> Message:
         ("Refusal", "message"): lambda: Refusal("", "m" * size),
         ("SnapshotChunk", "data"): lambda: SnapshotChunk(0, 1, META, 1, 0, bytes(size)),
         ("StatusReply", "body"): lambda: StatusReply(1, bytes(size)),
+        ("ServiceCall", "body"): lambda: ServiceCall(1, 2, 3, 4, bytes(size)),
+        ("ServiceReply", "body"): lambda: ServiceReply(1, 0, bytes(size)),
     }
     message: Message = makers[where]()
     return message

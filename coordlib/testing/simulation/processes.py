@@ -120,6 +120,7 @@ class Operation:
                         is_detached=True,
                         withdraws=step.withdraws,
                     )
+                    step.call.target = step.target
                     process.submit(step.call)
                     step = self._generator.send(b"")
             except StopIteration as stop:
@@ -130,6 +131,7 @@ class Operation:
                 return
         call = _SimulatedCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
         call.operation = self
+        call.target = step.target
         step.call = self._call = call
         if step.pause_seconds:
             self._look_again(call, process.clock() + max(1, math.ceil(round(step.pause_seconds * 1000, 6))))
