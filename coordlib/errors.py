@@ -4,14 +4,16 @@
 
     CoordError                    .code: stable string, on the wire and in docs   .retryable: bool
     ├─ UsageError                 the caller's bug; nothing was sent
-    │  └─ ConfigError · ClusterClosed · ForkedError · FlavourError · TransportNotFound · NotStarted
+    │  ├─ ConfigError · ClusterClosed · ForkedError · FlavourError · TransportNotFound · NotStarted
+    │  └─ ResourceNotTwoPhase · TooManyLastResources
     ├─ DefiniteError              did not happen and will not
     │  ├─ NotLeader · NoQuorum · Overloaded · QuotaExceeded · StartError
     │  ├─ ConditionFailed · KeyMissing · KeyExists · RevisionCompacted
     │  ├─ LockTimeout · LockLost · NotHolder · SessionExpired · IdLeaseExpired · IdOverflow
-    │  └─ ServiceUnreachable
+    │  └─ ServiceUnreachable · TransactionAborted > TransactionConflict
     ├─ IndeterminateError         may have happened, or may yet
-    │  └─ CommitTimeout · LeadershipLost · CallTimeout · CallLost
+    │  ├─ CommitTimeout · LeadershipLost · CallTimeout · CallLost
+    │  └─ TransactionOutcomeUnknown · HeuristicOutcome
     ├─ ProtocolError              LocalProtocolError · RemoteProtocolError · AuthenticationError
     └─ FatalError                 the node has stopped: StorageCorrupt · StorageFailed · InvariantViolation
 
@@ -35,6 +37,7 @@ __all__ = [
     "FatalError",
     "FlavourError",
     "ForkedError",
+    "HeuristicOutcome",
     "IdLeaseExpired",
     "IdOverflow",
     "IndeterminateError",
@@ -53,6 +56,7 @@ __all__ = [
     "ProtocolError",
     "QuotaExceeded",
     "RemoteProtocolError",
+    "ResourceNotTwoPhase",
     "RevisionCompacted",
     "ServiceUnreachable",
     "SessionExpired",
@@ -60,6 +64,10 @@ __all__ = [
     "StorageCorrupt",
     "StorageFailed",
     "StorageFull",
+    "TooManyLastResources",
+    "TransactionAborted",
+    "TransactionConflict",
+    "TransactionOutcomeUnknown",
     "TransportNotFound",
     "UsageError",
     "invariant",
@@ -137,6 +145,18 @@ class TransportNotFound(UsageError):
     """No transport of that name is installed."""
 
     code = "transport-not-found"
+
+
+class ResourceNotTwoPhase(UsageError):
+    """The resource cannot promise to commit later, and what it would be committed with needs that promise."""
+
+    code = "not-two-phase"
+
+
+class TooManyLastResources(UsageError):
+    """Two resources of one transaction cannot prepare. At most one may decide; give the other a transaction of its own."""
+
+    code = "too-many-last-resources"
 
 
 class DefiniteError(CoordError):
@@ -251,6 +271,19 @@ class ServiceUnreachable(DefiniteError):
     retryable = True
 
 
+class TransactionAborted(DefiniteError):
+    """Nothing of the transaction has happened, anywhere, nor will. `reason` is a word, `gtid` its name."""
+
+    code = "transaction-aborted"
+
+
+class TransactionConflict(TransactionAborted):
+    """Something that the transaction had read was changed by others before it could commit. Run it again."""
+
+    code = "transaction-conflict"
+    retryable = True
+
+
 class IndeterminateError(CoordError):
     """It may have happened, or may happen yet. `request_id` identifies the request in logs."""
 
@@ -279,6 +312,18 @@ class CallLost(IndeterminateError):
     """The way to the application that was called broke before its answer came: it may have acted on the call."""
 
     code = "call-lost"
+
+
+class TransactionOutcomeUnknown(IndeterminateError):
+    """Whether the transaction was committed could not be learnt in time; it has one outcome. Ask again by `gtid`."""
+
+    code = "transaction-unknown"
+
+
+class HeuristicOutcome(IndeterminateError):
+    """Somebody ended a prepared branch by hand, otherwise than decided: `branches` of `gtid` must be repaired by people."""
+
+    code = "heuristic"
 
 
 class ProtocolError(CoordError):

@@ -24,9 +24,12 @@ ARROWS: dict[str, set[str]] = {
     "storage": BASE | {"raft", "wire"},
     "transport": {"errors"},
     "node": BASE | {"config", "raft", "machine", "wire", "storage", "transport"},
-    "api": BASE | {"config", "machine", "wire", "storage", "transport", "node"},
-    "cli": BASE | {"config", "machine", "wire", "storage", "transport", "node", "api", "testing", "<top>"},
-    "testing": BASE | {"config", "raft", "machine", "wire", "storage", "transport", "node", "api", "<top>"},
+    "txn": BASE | {"machine", "wire", "node"},
+    "api": BASE | {"config", "machine", "wire", "storage", "transport", "node", "txn"},
+    "cli": BASE
+    | {"config", "machine", "wire", "storage", "transport", "node", "txn", "api", "testing", "<top>"},
+    "testing": BASE
+    | {"config", "raft", "machine", "wire", "storage", "transport", "node", "txn", "api", "<top>"},
     "<top>": {"api", "errors", "types"},
 }
 
