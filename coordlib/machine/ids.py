@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from heapq import heappop, heappush, heapreplace
+from heapq import heappush, heapreplace
 from typing import Any, NamedTuple, TypeAlias
 
 from coordlib.cbor import decode, encode
@@ -93,7 +93,7 @@ class _Worker(NamedTuple):
     is_returned: bool
     windows: list[
         tuple[int, int, str]
-    ]  # from, until, owner; at most HISTORY_MAX, the lease's own is the last
+    ]  # (from, until, owner), HISTORY_MAX at most; the last is the lease's own
 
     @property
     def free_at(self) -> int:
@@ -110,8 +110,8 @@ class _Generator:
         self.layout = layout
         # Invariant: the workers used are 0 .. len(free_at) - 1.
         self.free_at: dict[int, int] = {}
-        # Invariant: for each worker used there is an entry with its time or an earlier one. Later ones are
-        # left over; which worker is chosen depends on `free_at` alone.
+        # Invariant: for each worker used there is an entry with its time or an earlier one: a renewal leaves
+        # the old one, which is put right when it comes to the top. Which worker is chosen depends on `free_at` alone.
         self.heap: list[tuple[int, int]] = []
 
     def set_free_at(self, worker: int, unit: int) -> None:
@@ -121,6 +121,10 @@ class _Generator:
             heappush(self.heap, (unit, worker))
             if len(self.heap) > 2 * len(self.free_at) + 64:
                 self.heap = sorted([(at, number) for number, at in self.free_at.items()])
+        else:
+            # Those that are renewed are about those that would be free first: so `first_free` finds little to do.
+            for _ in range(2):
+                self._put_first_right()
 
     def free_all(self) -> None:
         self.free_at = dict.fromkeys(self.free_at, 0)
@@ -130,17 +134,19 @@ class _Generator:
         """
         (unit, worker) of the one used that becomes free first, or did so longest ago; None if none was used.
         """
-        heap = self.heap
-        while heap:
-            unit, worker = heap[0]
+        while self._put_first_right():
+            pass
+        return self.heap[0] if self.heap else None
+
+    def _put_first_right(self) -> bool:
+        """Whether the first entry was not its worker's time. It is put where it belongs."""
+        if self.heap:
+            unit, worker = self.heap[0]
             actual = self.free_at[worker]
-            if unit == actual:
-                return unit, worker
-            if unit < actual:
-                heapreplace(heap, (actual, worker))
-            else:
-                heappop(heap)
-        return None
+            if unit != actual:
+                heapreplace(self.heap, (actual, worker))
+                return True
+        return False
 
 
 class Ids:
