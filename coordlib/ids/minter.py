@@ -162,12 +162,12 @@ _Publish = Callable[[Iterator[int], int], None]
 
 def _free_path(minter: Minter) -> tuple[Callable[[], int], _Publish]:
     """The way of an id where a step in C is one step for all threads."""
-    clock_ns, refill = minter._clock_ns, minter._refill
+    pace_ns, refill = minter._pace_ns, minter._refill
     chunk: Iterator[int] = iter(range(0))
     deadline_ns = _LONG_AGO
 
     def mint() -> int:
-        if clock_ns() < deadline_ns:
+        if pace_ns() < deadline_ns:
             for number in chunk:  # the next one, if there is one: costs no call, no name, no exception
                 return number
         while True:
@@ -187,13 +187,13 @@ def _free_path(minter: Minter) -> tuple[Callable[[], int], _Publish]:
 
 def _locked_path(minter: Minter) -> tuple[Callable[[], int], _Publish]:
     """The way of an id where threads run at the same time."""
-    clock_ns, refill = minter._clock_ns, minter._refill
+    pace_ns, refill = minter._pace_ns, minter._refill
     chunk: Iterator[int] = iter(range(0))
     deadline_ns = _LONG_AGO
 
     def mint() -> int:
         with minter._lock:
-            if clock_ns() < deadline_ns:
+            if pace_ns() < deadline_ns:
                 for number in chunk:
                     return number
         while True:
@@ -221,6 +221,8 @@ class Minter:
         layout: How ids are put together.
         clock_ns: Nanoseconds of a clock that runs evenly, from any origin. One that steps back repeats nothing: ids go
             on from the last, until they are `max_ahead_ms` ahead of it.
+        pace_ns: A cheaper clock, which only tells when a unit is over; `clock_ns` is read for each chunk of ids. None:
+            `clock_ns` itself, and for the default one the cheapest there is.
         max_ahead_ms: How far ids may be ahead of their time, when more are asked for than the layout has. With the
             layout's `on_overflow="wait"` they never are.
         on_exhausted: Called, outside of all locks, with what is needed instead of raising it. When it returns, the mint
@@ -250,6 +252,7 @@ class Minter:
         layout: Layout,
         *,
         clock_ns: Callable[[], int] = local_clock_ns,
+        pace_ns: Callable[[], int] | None = None,
         max_ahead_ms: int = 1000,
         on_exhausted: Callable[[NeedsWindow | NeedsWait], None] | None = None,
         on_renewal_due: Callable[[], None] | None = None,
@@ -261,6 +264,8 @@ class Minter:
             )
         self.layout = layout
         self._clock_ns = clock_ns
+        # What it misses while the machine is suspended matters no longer than a chunk lasts: to the end of its unit.
+        self._pace_ns = pace_ns or (time.monotonic_ns if clock_ns is local_clock_ns else clock_ns)
         self._on_exhausted = on_exhausted
         self._on_renewal_due = on_renewal_due
         self._unit_ns = layout.unit_ms * 1_000_000
@@ -277,7 +282,7 @@ class Minter:
         self._from_unit = self._until_unit = 0
         # Id time: _base_unit began at _base_ns of the clock.
         self._base_unit = self._base_ns = 0
-        self._latest_ns = _LONG_AGO
+        self._latest_ns = self._latest_pace_ns = _LONG_AGO
         self._renew_at_unit: int | None = None
         # Invariant: ticks from _high on were never reserved. What is left of _chunk ends at _high and is of
         # _chunk_unit; everything else below _high is used or will never be.
@@ -469,7 +474,7 @@ class Minter:
         bits = self.layout.sequence_bits
         if self._chunk_unit >= now and length_hint(self._chunk):
             # Another thread was here, or the time has been set.
-            self._publish(self._chunk, self._start_ns(self._chunk_unit + 1))
+            self._publish(self._chunk, self._deadline_ns())
             return None
         self._empty()
         first = max(self._high, now << bits)
@@ -485,10 +490,9 @@ class Minter:
         step = self.layout.workers if self.layout.worker_is_lowest else 1
         self._chunk_unit = unit
         self._chunk = iter(range(low, low + (end - first) * step, step))
-        self._publish(self._chunk, self._start_ns(unit + 1))
-        if (
-            self._stopped is not None
-        ):  # by somebody who interrupted us: a fork, or revoke() in a signal handler
+        self._publish(self._chunk, self._deadline_ns())
+        # By somebody who interrupted us in this thread: a fork, or revoke(), in a signal handler.
+        if self._stopped is not None:
             self._reclaim()
             return self._stopped()
         return None
@@ -528,6 +532,8 @@ class Minter:
             return self._stopped()
         if self._worker is None:
             return NeedsWindow("none")
+        # The pace first: a pause between the two then makes the chunk old too early, never too late.
+        self._latest_pace_ns = self._pace_ns()
         clock_ns = self._clock_ns()
         if clock_ns < self._latest_ns:
             self._regressions += 1
@@ -576,6 +582,10 @@ class Minter:
 
     def _start_ns(self, unit: int) -> int:
         return self._base_ns + (unit - self._base_unit) * self._unit_ns
+
+    def _deadline_ns(self) -> int:
+        """When the chunk's unit is over, by the clock that is read for every id."""
+        return self._latest_pace_ns + self._start_ns(self._chunk_unit + 1) - self._latest_ns
 
     def _set_time(self, base_unit: int, base_ns: int) -> None:
         self._base_unit, self._base_ns = base_unit, base_ns
