@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "types": set(),
     "cbor": {"errors"},
     "config": {"errors"},
+    "ids": {"errors"},
     "raft": BASE,
     "machine": BASE,
     "wire": BASE | {"raft"},
@@ -25,12 +26,12 @@ ARROWS: dict[str, set[str]] = {
     "transport": {"errors"},
     "node": BASE | {"config", "raft", "machine", "wire", "storage", "transport"},
     "txn": BASE | {"machine", "wire", "node"},
-    "api": BASE | {"config", "machine", "wire", "storage", "transport", "node", "txn"},
+    "api": BASE | {"config", "machine", "wire", "storage", "transport", "node", "ids", "txn"},
     "cli": BASE
-    | {"config", "machine", "wire", "storage", "transport", "node", "txn", "api", "testing", "<top>"},
+    | {"config", "machine", "wire", "storage", "transport", "node", "txn", "api", "ids", "testing", "<top>"},
     "testing": BASE
-    | {"config", "raft", "machine", "wire", "storage", "transport", "node", "txn", "api", "<top>"},
-    "<top>": {"api", "errors", "types"},
+    | {"config", "raft", "machine", "wire", "storage", "transport", "node", "txn", "api", "ids", "<top>"},
+    "<top>": {"api", "errors", "ids", "types"},
 }
 
 PURE = [
