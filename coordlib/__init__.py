@@ -2,6 +2,7 @@
 
 from coordlib.api.cluster import AsyncCluster, Cluster, connect, connect_async, local
 from coordlib.api.codec import Codec
+from coordlib.api.ids import AsyncIds, Ids
 from coordlib.api.locks import AsyncLock, Grant, GrantState, Lock, LockInfo
 from coordlib.api.maps import ABSENT, AsyncMap, Map, VersionedValue
 from coordlib.errors import (
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ABSENT",
     "AsyncCluster",
+    "AsyncIds",
     "AsyncLock",
     "AsyncMap",
     "AuthenticationError",
@@ -79,6 +81,7 @@ __all__ = [
     "HeuristicOutcome",
     "IdLeaseExpired",
     "IdOverflow",
+    "Ids",
     "IndeterminateError",
     "Index",
     "InvariantViolation",

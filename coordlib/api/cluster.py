@@ -13,6 +13,7 @@ from typing import Any, Final, ParamSpec, Self, TypeVar, cast
 
 from coordlib.api.codec import Codec
 from coordlib.api.grants import Grants
+from coordlib.api.ids import AsyncIds, Ids, window_milliseconds
 from coordlib.api.locks import AsyncLock, GrantCallback, Lock
 from coordlib.api.maps import AsyncMap, Map
 from coordlib.config import (
@@ -25,9 +26,11 @@ from coordlib.config import (
     load_file,
     milliseconds,
 )
-from coordlib.errors import ConfigError, FlavourError, ForkedError
+from coordlib.errors import ConfigError, FlavourError, ForkedError, UsageError
+from coordlib.ids.layout import DEFAULT, Layout
+from coordlib.node.clock import monotonic_ms
 from coordlib.node.driver import ClientDriver, Driver, MemberDriver
-from coordlib.node.operations import Engine, OpGen, arun, check_usable, run
+from coordlib.node.operations import Engine, OpGen, arun, check_usable, run, start
 from coordlib.node.process import ProcessDriver
 from coordlib.storage.files import PosixFileSystem
 from coordlib.storage.memory import MemoryStorage
@@ -39,7 +42,11 @@ __all__ = ["AsyncCluster", "Cluster", "connect", "connect_async", "local"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+AnyIds = TypeVar("AnyIds", Ids, AsyncIds)
 CLOSE_TIMEOUT_SECONDS: Final = 5.0
+RETURN_MS: Final = 1000
+"""A closing handle waits this long for its windows of ids to be taken back: they lapse by themselves anyway."""
+
 Members = Mapping[str, str]
 LockName = str | Callable[..., str]
 
@@ -129,6 +136,7 @@ class _Handle:
         self._pid = os.getpid()
         self._lifecycle = threading.Lock()
         self._grants = Grants()
+        self._generators: dict[str, Any] = {}  # of ids, by name; all of them of this handle's flavour
 
     @classmethod
     def _of(cls, make_driver: Callable[[], Driver], timing: Timing) -> Self:
@@ -177,6 +185,44 @@ class _Handle:
         with self._lifecycle:
             driver, was_closed, self._is_closed = self._driver, self._is_closed, True
         return None if was_closed else driver
+
+    def _leave(self, driver: Driver, timeout_seconds: float) -> None:
+        """Give back what was taken from others, within the timeout; then stop the node. Never raises."""
+        began = monotonic_ms()
+        deadline = began + min(RETURN_MS, max(0, round(timeout_seconds * 1000)))
+        generators = list(self._generators.values())
+        for ids in generators:
+            ids._revoke()
+        try:
+            for ids in generators:
+                run(cast(Engine, driver), ids._return_gen(deadline))
+        finally:
+            driver.stop(max(0.0, timeout_seconds - (monotonic_ms() - began) / 1000))
+
+    def _begin(self, operation: OpGen[None]) -> None:
+        """Run an operation in the background."""
+        start(self._engine, operation)
+
+    def _ids(
+        self, make: Callable[[str, Layout, int], AnyIds], name: str, layout: Layout | None, window: float
+    ) -> AnyIds:
+        """The generator of this name; made by the first who asks, the same for all after."""
+        self._check_process()
+        window_ms = window_milliseconds(window)
+        if layout is not None and not isinstance(layout, Layout):
+            raise UsageError(f"layout is a coordlib.ids.Layout; got {layout!r}")
+        found = self._generators.get(name) if isinstance(name, str) else None
+        if found is None:
+            made = make(name, layout or DEFAULT, window_ms)
+            found = self._generators.setdefault(name, made)
+            if self._is_closed:
+                found._revoke()
+        if layout is not None and found.layout != layout:
+            raise UsageError(
+                f"ids {name!r} of this cluster are in use here with the layout {found.layout}, not {layout}: take another "
+                "name"
+            )
+        return cast(AnyIds, found)
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
@@ -244,7 +290,7 @@ class Cluster(_Handle):
         """
         driver = self._begin_close()
         if driver is not None:
-            driver.stop(timeout)
+            self._leave(driver, timeout)
         self._grants.close()
 
     def __enter__(self) -> Self:
@@ -306,6 +352,23 @@ class Cluster(_Handle):
         """The replicated map `name`; it exists as soon as it holds something."""
         return Map(self, name, codec)
 
+    def ids(self, name: str = "default", *, layout: Layout | None = None, window: float = 60.0) -> Ids:
+        """
+        The generator of ids of this name; asks nothing yet. Unique under one name, not over several.
+
+        All who ask this handle for a name get the same object: threads share one worker.
+
+        Args:
+            layout: Of `coordlib.ids`; by default 41 bits of milliseconds, 12 of sequence, 10 of worker. The first use of
+                a name in the cluster fixes it for ever.
+            window: For how many seconds ids can be minted without the cluster, once this process has minted for a
+                while; 0.1 to 600. That of the first call counts.
+
+        Raises:
+            UsageError: This handle has the name with another layout.
+        """
+        return self._ids(functools.partial(Ids, self), name, layout, window)
+
     def stats(self) -> dict[str, Any]:
         """How this node is: role, term, indexes, members, sessions, counters. Keys are stable, more may come."""
         return _driver_of(self).stats()
@@ -333,7 +396,7 @@ class AsyncCluster(_Handle):
         """See `Cluster.close`."""
         driver = self._begin_close()
         if driver is not None:
-            await asyncio.shield(asyncio.to_thread(driver.stop, timeout))
+            await asyncio.shield(asyncio.to_thread(self._leave, driver, timeout))
         self._grants.close()
 
     async def __aenter__(self) -> Self:
@@ -386,6 +449,10 @@ class AsyncCluster(_Handle):
     def map(self, name: str, *, codec: Codec | None = None) -> AsyncMap:
         """The replicated map `name`; it exists as soon as it holds something."""
         return AsyncMap(self, name, codec)
+
+    def ids(self, name: str = "default", *, layout: Layout | None = None, window: float = 60.0) -> AsyncIds:
+        """The generator of ids of this name, for tasks. See `Cluster.ids`."""
+        return self._ids(functools.partial(AsyncIds, self), name, layout, window)
 
     async def stats(self) -> dict[str, Any]:
         """See `Cluster.stats`."""

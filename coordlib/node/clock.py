@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Final
 
-__all__ = ["monotonic_ms", "wall_ms"]
+__all__ = ["monotonic_clock_ns", "monotonic_ms", "wall_ms"]
 
 # CLOCK_BOOTTIME goes on while the machine is suspended: a lease must run out then as well.
 _CLOCK: Final[int] = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -15,6 +17,11 @@ _read = time.clock_gettime_ns
 def monotonic_ms() -> int:
     """Whole milliseconds of a clock that never goes back, rounded down; the origin means nothing."""
     return _read(_CLOCK) // 1_000_000
+
+
+def monotonic_clock_ns() -> Callable[[], int]:
+    """The same clock in nanoseconds, for who reads it for every id: a partial, which takes half as long as a function."""
+    return functools.partial(_read, _CLOCK)
 
 
 def wall_ms() -> int:

@@ -150,7 +150,7 @@ class World:
 
     def __enter__(self) -> World:
         """While the world is entered, operations and grants read the clock of the process they run in."""
-        for module in ("locks", "maps"):
+        for module in ("locks", "maps", "ids"):
             self._patches.enter_context(patch(f"coordlib.api.{module}.monotonic_ms", self._read_clock))
         self._patches.enter_context(patch("coordlib.node.kernel.RequestService", self._make_service))
         return self
