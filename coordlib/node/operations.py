@@ -2,7 +2,8 @@
 
 An operation yields steps and receives their replies; it knows neither threads nor tasks nor what is below.
 All clean-up is in the generator, once: when its caller gives up (a timeout, Ctrl-C, a cancelled task), the
-exception is thrown into it, and what it still yields then must be `detached` steps, for which nobody waits.
+exception is thrown into it, and what it still yields then must be `detached` steps, for which nobody waits; or,
+where its own I/O must not be left half done, a `Do` or `Together` that ends by itself.
 An operation that nobody waits for at all is started, and goes on where its calls end.
 """
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
-from collections.abc import Callable, Generator
-from typing import Final, Protocol, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from coordlib.errors import (
     CallTimeout,
@@ -28,7 +30,19 @@ from coordlib.node.session import Call, SessionView
 from coordlib.node.waiting import AsyncCall, BackgroundCall, LoopWatch, ThreadCall
 from coordlib.wire.messages import RequestKind
 
-__all__ = ["Engine", "OpGen", "Step", "arun", "run", "start"]
+__all__ = [
+    "Do",
+    "Engine",
+    "Failure",
+    "OpGen",
+    "Outcome",
+    "Step",
+    "Success",
+    "Together",
+    "arun",
+    "run",
+    "start",
+]
 
 T = TypeVar("T")
 GRACE_SECONDS: Final = 0.25
@@ -101,7 +115,55 @@ class Step:
         return cls(RequestKind.COMMAND, b"", FOREVER_MS, is_detached=True, withdraws=(step.call, build))
 
 
-OpGen: TypeAlias = Generator[Step, bytes, T]
+class Do:
+    """
+    The application's own I/O, of a database for example. The operation receives what it returns.
+
+    Args:
+        call: Blocks, but not for ever: nobody who gives up leaves before it has ended.
+        acall: The same as a coroutine, where that is how the I/O is done; cancelled when its task is.
+    """
+
+    __slots__ = ("acall", "call")
+
+    is_detached: ClassVar[bool] = False
+
+    def __init__(self, call: Callable[[], Any], acall: Callable[[], Awaitable[Any]] | None = None) -> None:
+        self.call = call
+        self.acall = acall
+
+
+class Success(NamedTuple):
+    """How one of several ended."""
+
+    value: Any
+
+
+class Failure(NamedTuple):
+    """How one of several ended."""
+
+    error: Exception
+
+
+Outcome: TypeAlias = "Success | Failure"
+
+
+class Together:
+    """
+    Several at once: the operation receives a list of their outcomes, in the order given, when all have ended.
+
+    What fails is an outcome, too. Detached steps, pauses and what is nested cannot be among them.
+    """
+
+    __slots__ = ("operations",)
+
+    is_detached: ClassVar[bool] = False
+
+    def __init__(self, operations: Sequence[Step | Do]) -> None:
+        self.operations = operations
+
+
+OpGen: TypeAlias = Generator["Step | Do | Together", Any, T]
 
 
 class Engine(Protocol):
@@ -161,8 +223,17 @@ def run(engine: Engine, operation: OpGen[T]) -> T:
         step = next(operation)
         while True:
             if step.is_detached:
+                assert isinstance(step, Step)
                 _detach(engine, step)
                 step = operation.send(b"")
+                continue
+            if not isinstance(step, Step):
+                try:
+                    result = _run_own(engine, step)
+                except BaseException as failure:
+                    step = operation.throw(failure)
+                    continue
+                step = operation.send(result)
                 continue
             if step.pause_seconds:
                 try:
@@ -189,8 +260,71 @@ def run(engine: Engine, operation: OpGen[T]) -> T:
                 continue
             step = operation.throw(error) if error is not None else operation.send(call.reply or b"")
     except StopIteration as stop:
-        result: T = stop.value
-        return result
+        returned: T = stop.value
+        return returned
+
+
+def _run_own(engine: Engine, operation: Do | Together) -> Any:
+    """
+    Raises:
+        BaseException: What a single Do raised; or of several, what interrupted their caller.
+    """
+    if isinstance(operation, Do):
+        return operation.call()
+    calls: list[tuple[int, Step, ThreadCall]] = []
+    own: list[tuple[int, Do]] = []
+    outcomes: list[Outcome] = [_UNENDED] * len(operation.operations)
+    for place, each in enumerate(operation.operations):
+        if isinstance(each, Do):
+            own.append((place, each))
+            continue
+        call = ThreadCall(each.kind, each.body, each.deadline_ms, sequence=each.sequence, view=each.view)
+        call.target = each.target
+        each.call = call
+        engine.submit(call)
+        calls.append((place, each, call))
+    threads = [
+        threading.Thread(target=_do, args=(do, place, outcomes), name="coordlib-io", daemon=True)
+        for place, do in own[1:]
+    ]
+    for thread in threads:
+        thread.start()
+    interrupt: BaseException | None = None
+    try:
+        if own:
+            _do(own[0][1], own[0][0], outcomes)
+    except BaseException as error:
+        interrupt = error
+    for thread in threads:
+        while thread.is_alive():
+            # Ctrl-C in the middle: what uses the same connections next must not meet them in use.
+            try:
+                thread.join()
+            except BaseException as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
+    for place, each, call in calls:
+        wait_ms = each.deadline_ms - monotonic_ms()
+        if call.wait(max(0, wait_ms) / 1000 + GRACE_SECONDS):
+            outcomes[place] = _outcome_of(call)
+        else:
+            outcomes[place] = Failure(_given_up(each, call))
+    return outcomes
+
+
+_UNENDED: Final = Failure(CoordError("it was interrupted before it ended"))
+
+
+def _do(operation: Do, place: int, outcomes: list[Outcome]) -> None:
+    try:
+        outcomes[place] = Success(operation.call())
+    except Exception as error:
+        outcomes[place] = Failure(error)
+
+
+def _outcome_of(call: Call) -> Outcome:
+    return Success(call.reply or b"") if call.error is None else Failure(call.error)
 
 
 async def arun(engine: Engine, operation: OpGen[T]) -> T:
@@ -199,8 +333,20 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
         step = next(operation)
         while True:
             if step.is_detached:
+                assert isinstance(step, Step)
                 _detach(engine, step)
                 step = operation.send(b"")
+                continue
+            if not isinstance(step, Step):
+                try:
+                    result = await _arun_own(engine, step)
+                except GeneratorExit:
+                    _abandon(engine, operation)
+                    raise
+                except BaseException as failure:
+                    step = operation.throw(failure)
+                    continue
+                step = operation.send(result)
                 continue
             if step.pause_seconds:
                 try:
@@ -235,14 +381,93 @@ async def arun(engine: Engine, operation: OpGen[T]) -> T:
                 watch.discard(call)
             step = operation.throw(error) if error is not None else operation.send(call.reply or b"")
     except StopIteration as stop:
-        result: T = stop.value
-        return result
+        returned: T = stop.value
+        return returned
+
+
+async def _arun_own(engine: Engine, operation: Do | Together) -> Any:
+    """Raises as `_run_own` does."""
+    if isinstance(operation, Do):
+        (outcome,) = await _arun_together(engine, (operation,))
+        if isinstance(outcome, Failure):
+            raise outcome.error
+        return outcome.value
+    return await _arun_together(engine, operation.operations)
+
+
+async def _arun_together(engine: Engine, operations: Sequence[Step | Do]) -> list[Outcome]:
+    loop = asyncio.get_running_loop()
+    watch = engine.watch(loop)
+    calls: dict[int, tuple[Step, AsyncCall]] = {}
+    tasks: dict[int, asyncio.Future[Any]] = {}
+    try:
+        for place, each in enumerate(operations):
+            if not isinstance(each, Do):
+                call = AsyncCall(
+                    each.kind, each.body, each.deadline_ms, sequence=each.sequence, view=each.view
+                )
+                call.target = each.target
+                each.call = call
+                watch.add(call)
+                calls[place] = each, call
+                engine.submit(call)
+            elif each.acall is not None:
+                tasks[place] = asyncio.ensure_future(each.acall())
+            else:
+                tasks[place] = asyncio.ensure_future(asyncio.to_thread(each.call))
+        interrupt = await _wait_own(operations, tasks)
+        if interrupt is not None:
+            raise interrupt
+        outcomes: list[Outcome] = []
+        for place, _ in enumerate(operations):
+            if place in tasks:
+                error = tasks[place].exception()
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                outcomes.append(Success(tasks[place].result()) if error is None else Failure(error))
+                continue
+            step, call = calls[place]
+            await call.future
+            outcomes.append(
+                Failure(_given_up(step, call))
+                if call.error is None and call.reply is None
+                else _outcome_of(call)
+            )
+        return outcomes
+    finally:
+        for _, call in calls.values():
+            watch.discard(call)
+
+
+async def _wait_own(
+    operations: Sequence[Step | Do], tasks: dict[int, asyncio.Future[Any]]
+) -> BaseException | None:
+    """Until all have ended, cancelled or not; returns what cancelled the waiting."""
+    interrupt: BaseException | None = None
+    pending = set(tasks.values())
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending)
+        except asyncio.CancelledError as error:
+            interrupt = error
+            for place, task in tasks.items():
+                each = operations[place]
+                if isinstance(each, Do) and each.acall is not None:
+                    task.cancel()
+            pending = {task for task in pending if not task.done()}
+    if interrupt is None:
+        interrupt = next((asyncio.CancelledError() for task in tasks.values() if task.cancelled()), None)
+    else:
+        for task in tasks.values():
+            if not task.cancelled():
+                task.exception()  # looked at, so that nobody is warned of it
+    return interrupt
 
 
 def _abandon(engine: Engine, operation: OpGen[T]) -> None:
     try:
         step = operation.throw(asyncio.CancelledError())
-        while step.is_detached:
+        while isinstance(step, Step) and step.is_detached:
             _detach(engine, step)
             step = operation.send(b"")
         operation.close()
@@ -279,6 +504,7 @@ class _Background:
                 step = operation.send(ended.reply or b"")
         except StopIteration:
             return
+        assert isinstance(step, Step)
         call = BackgroundCall(
             step.kind, step.body, step.deadline_ms, self.go_on, sequence=step.sequence, view=step.view
         )

@@ -13,7 +13,19 @@ import pytest
 import coordlib
 from coordlib.errors import ClusterClosed, CommitTimeout, NoQuorum
 from coordlib.node.clock import monotonic_ms
-from coordlib.node.operations import FOREVER_MS, Engine, OpGen, Step, arun, run, start
+from coordlib.node.operations import (
+    FOREVER_MS,
+    Do,
+    Engine,
+    Failure,
+    OpGen,
+    Step,
+    Success,
+    Together,
+    arun,
+    run,
+    start,
+)
 from coordlib.node.session import Call
 from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.wire.messages import RequestKind
@@ -177,3 +189,153 @@ def test_whoever_is_interrupted_in_a_pause_cleans_up(
     asyncio.run(cancelled())
     assert seen == ["KeyboardInterrupt", "CancelledError"]
     assert [call.is_detached for call in engine.calls] == [True, True]
+
+
+class Answering(Scripted):
+    """Answers as soon as it is asked, with what was asked in capitals; "bad" is refused."""
+
+    def submit(self, call: Call) -> None:
+        super().submit(call)
+        if not call.is_detached:
+            self.answer(NoQuorum("no") if call.body == b"bad" else call.body.upper())
+
+
+def several(operations: list[Any]) -> OpGen[list[Any]]:
+    outcomes: list[Any] = yield Together(operations)
+    return outcomes
+
+
+def boom() -> None:
+    raise ValueError("boom")
+
+
+def on(engine: Scripted, how: str, operation: OpGen[Any]) -> Any:
+    if how == "thread":
+        return run(cast(Engine, engine), operation)
+    return asyncio.run(arun(cast(Engine, engine), operation))
+
+
+HOWS = pytest.mark.parametrize("how", ["thread", "task"])
+
+
+@HOWS
+def test_several_end_together_each_with_its_own_outcome(how: str) -> None:
+    """Requests and the application's own I/O, in the order given; a failure is an outcome like others."""
+    outcomes = on(
+        Answering(), how, several([ask(b"a"), Do(lambda: 7), ask(b"bad"), Do(boom), Do(threading.get_ident)])
+    )
+    assert [outcomes[0], outcomes[1]] == [Success(b"A"), Success(7)]
+    assert isinstance(outcomes[2], Failure)
+    assert isinstance(outcomes[2].error, NoQuorum)
+    assert isinstance(outcomes[3], Failure)
+    assert isinstance(outcomes[3].error, ValueError)
+    assert outcomes[4].value != threading.get_ident()
+    assert on(Answering(), how, several([])) == []
+
+
+@HOWS
+def test_several_run_at_the_same_time(how: str) -> None:
+    """Each waits for the others: one after the other they would wait for ever."""
+    barrier = threading.Barrier(3)
+    outcomes = on(Answering(), how, several([Do(lambda: barrier.wait(30)) for _ in range(3)]))
+    assert sorted(outcome.value for outcome in outcomes) == [0, 1, 2]
+
+
+@HOWS
+def test_one_alone_returns_or_raises(how: str) -> None:
+    """What it returns is sent into the operation, what it raises is thrown into it."""
+
+    def operation() -> OpGen[list[Any]]:
+        seen: list[Any] = [(yield Do(lambda: 5))]
+        try:
+            yield Do(boom)
+        except ValueError as error:
+            seen.append(str(error))
+        return seen
+
+    assert on(Answering(), how, operation()) == [5, "boom"]
+
+
+def test_in_a_task_a_coroutine_is_preferred() -> None:
+    """It runs in the loop; without one, the call has a thread of its own."""
+
+    async def here() -> str:
+        return "coroutine"
+
+    do = Do(lambda: "thread", here)
+    assert on(Answering(), "task", several([do])) == [Success("coroutine")]
+    assert on(Answering(), "thread", several([do])) == [Success("thread")]
+
+
+def test_an_interrupt_waits_for_what_is_under_way(engine: Scripted) -> None:
+    """Whoever cleans up meets no connection in use; then the interrupt comes out."""
+    seen: list[str] = []
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def other() -> None:
+        has_begun.set()
+        may_end.wait(30)
+        seen.append("ended")
+
+    def interrupted() -> None:
+        has_begun.wait(30)
+        may_end.set()
+        raise KeyboardInterrupt
+
+    def operation() -> OpGen[None]:
+        try:
+            yield Together([Do(interrupted), Do(other)])
+        except KeyboardInterrupt:
+            seen.append((yield Do(lambda: "cleaned")))
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cast(Engine, engine), operation())
+    assert seen == ["ended", "cleaned"]
+
+
+def test_a_cancelled_task_waits_for_threads_and_cancels_coroutines(engine: Scripted) -> None:
+    """Both have ended when the operation hears of it."""
+    seen: list[str] = []
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def thread() -> None:
+        has_begun.set()
+        may_end.wait(30)
+        seen.append("thread")
+
+    async def coroutine() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append("coroutine")
+            may_end.set()
+
+    def operation() -> OpGen[None]:
+        try:
+            yield Together([Do(thread), Do(boom, coroutine), ask(b"")])
+        except asyncio.CancelledError:
+            seen.append((yield Do(lambda: "cleaned")))
+            raise
+
+    async def check() -> None:
+        task = asyncio.create_task(arun(cast(Engine, engine), operation()))
+        while not has_begun.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(check())
+    assert seen == ["coroutine", "thread", "cleaned"]
+
+
+def test_a_request_among_several_whose_node_is_stalled_is_given_up(engine: Scripted) -> None:
+    """A command may have taken effect, and its outcome says so; nobody waits for ever."""
+    late = Step(RequestKind.COMMAND, b"", monotonic_ms())
+    (outcome,) = run(cast(Engine, engine), several([late]))
+    assert isinstance(outcome.error, CommitTimeout)
+    (outcome,) = asyncio.run(
+        arun(cast(Engine, engine), several([Step(RequestKind.QUERY, b"", monotonic_ms())]))
+    )
+    assert isinstance(outcome.error, NoQuorum)

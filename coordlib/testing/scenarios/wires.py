@@ -350,7 +350,9 @@ class _BelievingResponder(Responder):
 
     def __init__(self, identity: ChannelIdentity) -> None:
         self._identity = identity
-        self._sessions_by_route: dict[bytes, list[Any]] = {}  # route -> [token, peer, was heard before, greeting]
+        self._sessions_by_route: dict[
+            bytes, list[Any]
+        ] = {}  # route -> [token, peer, was heard before, greeting]
         self._greetings = 0
 
     def seal(self, route: bytes, plaintext: bytes) -> bytes:

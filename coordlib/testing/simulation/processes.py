@@ -20,7 +20,7 @@ from coordlib.node.driver import ClientDriver, Driver, MemberDriver, SessionList
 from coordlib.node.effects import Effects, LogEvent
 from coordlib.node.kernel import MemberKernel
 from coordlib.node.links import Links
-from coordlib.node.operations import FOREVER_MS
+from coordlib.node.operations import FOREVER_MS, Do, Failure, Outcome, Step, Success, Together
 from coordlib.node.session import Call
 from coordlib.raft.messages import SnapshotMeta
 from coordlib.storage import SegmentStorage
@@ -63,7 +63,7 @@ class Operation:
     def __init__(
         self,
         process: SimulatedProcess,
-        generator: Generator[Any, bytes, Any],
+        generator: Generator[Any, Any, Any],
         done: Callable[[], None] | None,
     ):
         self.process = process
@@ -71,6 +71,8 @@ class Operation:
         self.error: CoordError | CancelledError | None = None
         self.is_done = False
         self._call: Call | None = None  # for which it waits
+        self._group: dict[_SimulatedCall, int] = {}  # or for which of several, and their places
+        self._outcomes: list[Outcome] = []
         self._generator = generator
         self._done = done
         process.operations[self] = None
@@ -79,9 +81,12 @@ class Operation:
     def abandon(self) -> None:
         """Its process is gone. What it still wants done is not."""
         try:
-            self._generator.throw(KeyboardInterrupt)
+            step = self._generator.throw(KeyboardInterrupt)
             while True:
-                self._generator.send(b"")
+                if isinstance(step, Step):
+                    step = self._generator.send(b"")
+                else:
+                    step = self._generator.throw(KeyboardInterrupt)  # nobody is there any more to do it
         except (CoordError, KeyboardInterrupt, StopIteration):
             pass
 
@@ -94,9 +99,18 @@ class Operation:
         """
         if not self.is_done:
             self._call = None
+            self._group = {}
             self._advance(lambda: self._generator.throw(CancelledError()))
 
     def resume(self, call: Call) -> None:
+        if call in self._group:
+            assert isinstance(call, _SimulatedCall)
+            place = self._group.pop(call)
+            self._outcomes[place] = Success(call.reply or b"") if call.error is None else Failure(call.error)
+            if not self._group:
+                outcomes = self._outcomes
+                self._advance(lambda: self._generator.send(outcomes))
+            return
         if call is not self._call:
             return  # nobody waits for it any more
         error, reply = call.error, call.reply
@@ -111,28 +125,34 @@ class Operation:
         with process.reading_clock():
             try:
                 step = advance()
-                while step.is_detached:
-                    step.call = Call(
-                        step.kind,
-                        step.body,
-                        step.deadline_ms,
-                        view=step.view,
-                        is_detached=True,
-                        withdraws=step.withdraws,
-                    )
-                    step.call.target = step.target
-                    process.submit(step.call)
-                    step = self._generator.send(b"")
+                while True:
+                    if isinstance(step, Together):
+                        if self._begin_together(step):
+                            return
+                        step = self._generator.send(self._outcomes)
+                    elif isinstance(step, Do):
+                        step = self._do(step)
+                    elif step.is_detached:
+                        step.call = Call(
+                            step.kind,
+                            step.body,
+                            step.deadline_ms,
+                            view=step.view,
+                            is_detached=True,
+                            withdraws=step.withdraws,
+                        )
+                        step.call.target = step.target
+                        process.submit(step.call)
+                        step = self._generator.send(b"")
+                    else:
+                        break
             except StopIteration as stop:
                 self._end(stop.value, None)
                 return
             except (CoordError, CancelledError) as error:
                 self._end(None, error)
                 return
-        call = _SimulatedCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
-        call.operation = self
-        call.target = step.target
-        step.call = self._call = call
+        call = self._call = self._make_call(step)
         if step.pause_seconds:
             self._look_again(call, process.clock() + max(1, math.ceil(round(step.pause_seconds * 1000, 6))))
         elif step.joins is not None:
@@ -141,6 +161,37 @@ class Operation:
             self._look_again(call, step.deadline_ms)
         else:
             process.submit(call)
+
+    def _make_call(self, step: Step) -> _SimulatedCall:
+        call = _SimulatedCall(step.kind, step.body, step.deadline_ms, sequence=step.sequence, view=step.view)
+        call.operation = self
+        call.target = step.target
+        step.call = call
+        return call
+
+    def _do(self, operation: Do) -> Any:
+        """The application's own I/O takes no time here: what is to take some has steps of its own."""
+        try:
+            result = operation.call()
+        except Exception as error:
+            return self._generator.throw(error)
+        return self._generator.send(result)
+
+    def _begin_together(self, together: Together) -> bool:
+        """Whether there is something to wait for."""
+        self._group, self._call = {}, None
+        self._outcomes = [Failure(CoordError("not yet"))] * len(together.operations)
+        for place, each in enumerate(together.operations):
+            if isinstance(each, Do):
+                try:
+                    self._outcomes[place] = Success(each.call())
+                except Exception as error:
+                    self._outcomes[place] = Failure(error)
+            else:
+                self._group[self._make_call(each)] = place
+        for call in list(self._group):
+            self.process.submit(call)
+        return bool(self._group)
 
     def _look_again(self, call: _SimulatedCall, at_ms: int) -> None:
         """Go on when the process's clock shows this, if nothing else has ended the call before."""
@@ -336,7 +387,7 @@ class SimulatedProcess(Driver):
         self.wake()
 
     def start_operation(
-        self, generator: Generator[Any, bytes, Any], done: Callable[[], None] | None = None
+        self, generator: Generator[Any, Any, Any], done: Callable[[], None] | None = None
     ) -> Operation:
         return Operation(self, generator, done)
 

@@ -164,7 +164,7 @@ class Task:
             step = next(generator)
             while True:
                 self.steps += 1
-                if step.is_detached:
+                if isinstance(step, Step) and step.is_detached:
                     self.detached.append(step)
                 try:
                     reply = yield step
