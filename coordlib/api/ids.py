@@ -36,6 +36,7 @@ from coordlib.errors import (
     Overloaded,
     SessionExpired,
 )
+from coordlib.ids.inspecting import IdInfo, inspect
 from coordlib.ids.layout import Layout
 from coordlib.ids.minter import Minter, NeedsWait, NeedsWindow
 from coordlib.machine import commands
@@ -47,7 +48,6 @@ from coordlib.wire.messages import RequestKind
 
 if TYPE_CHECKING:
     from coordlib.api.cluster import AsyncCluster, Cluster
-    from coordlib.ids.inspecting import IdInfo
 
 __all__ = ["AsyncIds", "Ids", "window_milliseconds"]
 
@@ -241,6 +241,10 @@ class _IdsBase:
             self._asking.pop(_ASKING, None)
             raise
         self._asking.pop(_ASKING, None)
+        self._wake(error)
+
+    def _wake(self, error: CoordError | None) -> None:
+        """Let all who wait try again, or fail."""
         ended = [call for call in list(self._waiting) if self._waiting.pop(call, False)]
         for call in ended:
             call.reply, call.error = (b"", None) if error is None else (None, error)
@@ -325,9 +329,10 @@ class _IdsBase:
     # -- the end
 
     def _revoke(self) -> None:
-        """Mint nothing any more."""
+        """Mint nothing any more; whoever waits for a window is told so."""
         self._is_revoked = True
         self._minter.revoke()
+        self._wake(None)
 
     def _return_gen(self, deadline_ms: int) -> OpGen[None]:
         """After `_revoke`: give the rest of the window back, so that the worker is free for another process."""
@@ -346,8 +351,6 @@ class _IdsBase:
     # -- reading
 
     def _inspect_gen(self, number: int) -> OpGen[IdInfo]:
-        from coordlib.ids.inspecting import inspect
-
         info = inspect(number, self.layout)
         unit, _, worker = self.layout.decompose(number)
         body = commands.query_ids_owner(self._generator_name, worker, unit)
