@@ -153,7 +153,7 @@ def test_transports_import_only_the_contract() -> None:
 
 def test_kinds_of_state_do_not_import_each_other() -> None:
     """`machine/__init__` alone composes them."""
-    kinds = {"kv", "locks", "sessions", "members", "ids"}
+    kinds = {"kv", "locks", "sessions", "members", "ids", "transactions", "services"}
     for kind in kinds:
         found = {
             m.rsplit(".", 1)[-1]

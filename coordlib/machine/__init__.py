@@ -1,6 +1,7 @@
 """The replicated state machine: log entries in, replies and effects out, the same on every member.
 
-`Machine` alone composes the kinds of state (sessions, locks, maps, ids, members); they do not know each other. It
+`Machine` alone composes the kinds of state (sessions, locks, maps, ids, transactions, services,
+members); they do not know each other. It
 has no clock, no randomness and does no I/O: time is the log's (`Meta.now_ms`). What it does with an entry
 depends on nothing but the entries before it.
 
@@ -47,6 +48,7 @@ from coordlib.machine.kv import CURSOR_IDLE_MS_MAX, Maps
 from coordlib.machine.limits import Limits
 from coordlib.machine.locks import Locks
 from coordlib.machine.members import Members
+from coordlib.machine.services import Services
 from coordlib.machine.sessions import LiveSession, Sessions
 from coordlib.machine.snapshots import (
     Block,
@@ -57,6 +59,7 @@ from coordlib.machine.snapshots import (
     pack_records,
 )
 from coordlib.machine.table import BytesTable, Reclaimer, View
+from coordlib.machine.transactions import Transactions
 
 __all__ = [
     "Applied",
@@ -114,6 +117,8 @@ class _Parts(NamedTuple):
     maps: Maps
     members: Members
     ids: Ids
+    transactions: Transactions
+    services: Services
 
 
 def _new_parts(
@@ -123,7 +128,27 @@ def _new_parts(
     locks = Locks(limits, reclaimer, is_alive=sessions.is_alive, owner_of=sessions.owner_of)
     maps = Maps(limits, reclaimer, check_guard=locks.check_guard)
     members = Members(reclaimer, initial_members)
-    return _Parts(limits, sessions, locks, maps, members, Ids(limits, reclaimer, owner_of=sessions.owner_of))
+    ids = Ids(limits, reclaimer, owner_of=sessions.owner_of)
+
+    def release(
+        meta: Meta, session: int, sequence: int, lock: bytes, acquisition: int, effects: list[Effect]
+    ) -> None:
+        # The same as the command, for one that is part of another.
+        locks.release(meta, session, sequence, [OpCode.RELEASE, lock, acquisition], effects)
+        owner = sessions.get(session)
+        if owner is not None and acquisition < sequence:
+            sessions.forbid(owner, acquisition)
+
+    transactions = Transactions(
+        limits,
+        reclaimer,
+        store=maps,
+        check_guard=locks.check_guard,
+        release=release,
+        is_alive=sessions.is_alive,
+    )
+    services = Services(limits, reclaimer, owner_of=sessions.owner_of)
+    return _Parts(limits, sessions, locks, maps, members, ids, transactions, services)
 
 
 class Machine:
@@ -150,7 +175,9 @@ class Machine:
         "_queries",
         "_reclaimer",
         "_refused",
+        "_services",
         "_snapshots",
+        "_transactions",
         "applied_index",
         "limits",
         "log_time_ms",
@@ -174,8 +201,9 @@ class Machine:
         self._install(_new_parts(Limits() if limits is None else limits, self._reclaimer, initial_members))
 
     def _install(self, parts: _Parts) -> None:
-        self.limits, self.sessions, self._locks, self._maps, self._members, self._ids = parts
-        sessions, locks, maps, members, ids = parts[1:]
+        self.limits, self.sessions, self._locks, self._maps, self._members, self._ids = parts[:6]
+        self._transactions, self._services = parts[6:]
+        sessions, locks, maps, members, ids, transactions, services = parts[1:]
         self._handlers: dict[int, _Handler] = {
             OpCode.SESSION_OPEN: sessions.open,
             OpCode.SESSION_CLOSE: self._close_session,
@@ -199,6 +227,12 @@ class Machine:
             OpCode.IDS_RENEW: ids.renew,
             OpCode.IDS_RETURN: ids.return_,
             OpCode.IDS_SKIP: ids.skip,
+            OpCode.TX_DECIDE: transactions.decide,
+            OpCode.TX_RESOLVE: transactions.resolve,
+            OpCode.TX_FORGET: transactions.forget,
+            OpCode.TX_HEURISTIC: transactions.heuristic,
+            OpCode.SERVICE_REGISTER: services.register,
+            OpCode.SERVICE_UNREGISTER: services.unregister,
         }
         self._queries: dict[int, Callable[[list[Any]], tuple[Any, ...]]] = {
             QueryCode.GET: maps.get,
@@ -214,6 +248,11 @@ class Machine:
             QueryCode.IDS_INFO: self._ids_info,
             QueryCode.IDS_OWNER: ids.owner,
             QueryCode.IDS_LIST: ids.listing,
+            QueryCode.TX_STATE: self._tx_state,
+            QueryCode.TX_LIST: transactions.listing,
+            QueryCode.TX_HEURISTICS: transactions.heuristics_listing,
+            QueryCode.TIME: self._time,
+            QueryCode.SERVICES: services.query,
         }
 
     # --- before append ------------------------------------------------------------------------------------
@@ -260,6 +299,10 @@ class Machine:
             self._locks.check_acquire(session, args)
         elif opcode == OpCode.IDS_LEASE:
             self._ids.check_lease(args)
+        elif opcode == OpCode.TX_DECIDE:
+            self._transactions.check_decide(args, pending_bytes)
+        elif opcode == OpCode.SERVICE_REGISTER:
+            self._services.check_register(session, args)
         if session and len(operation) <= _CHECKED_SIZE_BYTES_MAX:
             if len(self._checked) >= _CHECKED_MAX:
                 self._checked.clear()
@@ -364,6 +407,7 @@ class Machine:
         # All are dead before anything is granted to anybody.
         ended = [session for session in sorted(set(sessions)) if self.sessions.remove(session)]
         self._locks.end_sessions(ended, now_ms, effects)
+        self._services.end_sessions(ended)
         effects.extend([SessionEnded(session, reason) for session in ended])
         return len(ended)
 
@@ -420,6 +464,8 @@ class Machine:
             "cursors": self._maps.cursors,
             "id_generators": len(self._ids.layouts),
             "id_workers": len(self._ids.workers),
+            **self._transactions.counters,
+            "services": len(self._services.table),
             "snapshots_open": self._snapshots,
             "garbage_buckets": len(self._reclaimer),
         }
@@ -429,6 +475,12 @@ class Machine:
 
     def _ids_info(self, args: list[Any]) -> tuple[Any, ...]:
         return self._ids.info(args, self.log_time_ms)
+
+    def _tx_state(self, args: list[Any]) -> tuple[Any, ...]:
+        return self._transactions.state(args, self.log_time_ms)
+
+    def _time(self, _args: list[Any]) -> tuple[Any, ...]:
+        return (0, self.log_time_ms)
 
     # --- housekeeping -------------------------------------------------------------------------------------
 
@@ -460,20 +512,29 @@ class Machine:
             self._locks.table.view(),
             self._ids.layouts.view(),
             self._ids.workers.view(),
+            self._transactions.outcomes.view(),
+            self._transactions.heuristics.view(),
+            self._services.table.view(),
         ]
         maps: list[tuple[bytes, int, View]] = []
         for name in sorted(self._maps.maps):
             found = self._maps.maps[name]
             maps.append((name, found.revision, found.table.view()))
         views += [view for _, _, view in maps]
-        header = pack_block(
-            Block.HEADER,
-            self.applied_index,
-            self.log_time_ms,
-            list(self.limits),
-            self._locks.epoch,
-            self._locks.counter,
-        ) + pack_block(Block.IDS, self._ids.floor_ms, self._ids.last_lease, self._ids.fence)
+        header = b"".join(
+            [
+                pack_block(
+                    Block.HEADER,
+                    self.applied_index,
+                    self.log_time_ms,
+                    list(self.limits),
+                    self._locks.epoch,
+                    self._locks.counter,
+                ),
+                pack_block(Block.IDS, self._ids.floor_ms, self._ids.last_lease, self._ids.fence),
+                pack_block(Block.TRANSACTIONS, self._transactions.horizon_ms, self._transactions.close_ms),
+            ]
+        )
         self._snapshots += 1
 
         def close() -> None:
@@ -505,6 +566,9 @@ class Machine:
             table.clear()
         self._ids.layouts.clear()
         self._ids.workers.clear()
+        self._transactions.outcomes.clear()
+        self._transactions.heuristics.clear()
+        self._services.table.clear()
 
     def digest(self) -> bytes:
         """
@@ -525,6 +589,8 @@ class Machine:
         """For tests and the simulator: everything derived agrees with what it is derived from. Takes long."""
         self._locks.check_invariants()
         self._ids.check_invariants()
+        self._transactions.check_invariants()
+        self._services.check_invariants(self.sessions.is_alive)
         self._maps.check_invariants()
         self.sessions.check_invariants()
 
@@ -559,6 +625,9 @@ class _Restore:
         if kind is Block.IDS:
             parts.ids.floor_ms, parts.ids.last_lease, parts.ids.fence = fields
             return 0
+        if kind is Block.TRANSACTIONS:
+            parts.transactions.horizon_ms, parts.transactions.close_ms = fields
+            return 0
         (flat,) = fields
         pairs = zip(flat[::2], flat[1::2], strict=True)
         if kind is Block.ENTRIES:
@@ -579,13 +648,31 @@ class _Restore:
         elif kind is Block.ID_WORKERS:
             for key, record in pairs:
                 parts.ids.load_worker(key, record)
+        elif kind is Block.TX_OUTCOMES:
+            for key, record in pairs:
+                parts.transactions.load(key, record)
+        elif kind is Block.TX_HEURISTICS:
+            for key, record in pairs:
+                parts.transactions.load_heuristic(key, record)
+        elif kind is Block.SERVICES:
+            for key, record in pairs:
+                parts.services.load(key, record)
         else:
             for pair in pairs:
                 parts.members.load(pair)
         return len(flat) // 2
 
 
-_RECORDS = (Block.MEMBERS, Block.SESSIONS, Block.LOCKS, Block.ID_LAYOUTS, Block.ID_WORKERS)
+_RECORDS = (
+    Block.MEMBERS,
+    Block.SESSIONS,
+    Block.LOCKS,
+    Block.ID_LAYOUTS,
+    Block.ID_WORKERS,
+    Block.TX_OUTCOMES,
+    Block.TX_HEURISTICS,
+    Block.SERVICES,
+)
 
 
 def _blocks(header: bytes, views: list[View], maps: list[tuple[bytes, int, View]]) -> Iterator[bytes]:

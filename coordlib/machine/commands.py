@@ -13,7 +13,7 @@ guessing.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, TypeAlias
 
@@ -21,21 +21,26 @@ from coordlib import errors
 from coordlib.cbor import CBORError, decode, encode
 from coordlib.errors import (
     CoordError,
-    FatalError,
     IndeterminateError,
     RemoteProtocolError,
-    UsageError,
 )
+from coordlib.machine import arguments as arg
+from coordlib.machine.arguments import UnknownCommand
 from coordlib.machine.limits import Limits, exceeded
 
 __all__ = [
     "ENTRY_HEADER_SIZE",
+    "GTID_BYTES",
+    "NO_DEADLINE",
     "AcquisitionState",
+    "Condition",
     "Guard",
     "OpCode",
     "QueryCode",
     "StaleRequest",
+    "TxStatus",
     "UnknownCommand",
+    "Write",
     "acquire",
     "begin_epoch",
     "break_lock",
@@ -44,6 +49,7 @@ __all__ = [
     "decode_operation",
     "decode_query",
     "decode_reply",
+    "delete_key",
     "encode_coded_error",
     "encode_error",
     "error_reply",
@@ -54,10 +60,13 @@ __all__ = [
     "ids_skip",
     "is_internal",
     "is_success",
+    "key_equals",
+    "key_is_at",
     "map_clear",
     "map_compare_and_set",
     "map_delete",
     "map_insert",
+    "map_is_at",
     "map_pop",
     "map_popitem",
     "map_put",
@@ -65,6 +74,7 @@ __all__ = [
     "map_update",
     "open_session",
     "pack_entry",
+    "put_key",
     "query_acquisition",
     "query_contains",
     "query_get",
@@ -78,24 +88,25 @@ __all__ = [
     "query_maps",
     "query_members",
     "query_range",
+    "query_services",
+    "query_time",
+    "query_tx_heuristics",
+    "query_tx_list",
+    "query_tx_state",
     "record_disk",
     "release",
+    "service_register",
+    "service_unregister",
+    "tx_decide",
+    "tx_forget",
+    "tx_heuristic",
+    "tx_resolve",
     "unpack_entry",
 ]
 
 COMMAND_VERSION = 1
 _HEADER = struct.Struct(">BQQQQ")
 ENTRY_HEADER_SIZE = _HEADER.size
-_UINT_MAX = (1 << 63) - 1
-
-
-class UnknownCommand(FatalError):
-    """
-    The log holds a command of a newer version. It has not been applied; upgrade this member, then restart
-    it.
-    """
-
-    code = "unknown-command"
 
 
 class StaleRequest(IndeterminateError):
@@ -127,6 +138,12 @@ class OpCode(IntEnum):
     IDS_RENEW = 49
     IDS_RETURN = 50
     IDS_SKIP = 51
+    TX_DECIDE = 64
+    TX_RESOLVE = 65
+    TX_FORGET = 66
+    TX_HEURISTIC = 67
+    SERVICE_REGISTER = 72
+    SERVICE_UNREGISTER = 73
 
 
 class QueryCode(IntEnum):
@@ -143,6 +160,20 @@ class QueryCode(IntEnum):
     IDS_INFO = 48
     IDS_OWNER = 49
     IDS_LIST = 50
+    TX_STATE = 64
+    TX_LIST = 65
+    TX_HEURISTICS = 66
+    TIME = 67
+    SERVICES = 72
+
+
+class TxStatus(IntEnum):
+    """The outcome of a transaction, as a number in replies. The last three are for ever."""
+
+    NONE = 0  # not decided, and it may still be either way
+    COMMITTED = 1
+    ABORTED = 2
+    UNKNOWN = 3  # too long ago to know: nothing may be concluded, nothing presumed
 
 
 class AcquisitionState:
@@ -157,6 +188,18 @@ Guard: TypeAlias = "tuple[bytes, int] | None"
 """
 Lock and token: the command is refused with `LockLost` unless the token is that of the lock's present holder.
 """
+
+
+Condition: TypeAlias = (
+    "tuple[int, bytes, bytes, int] | tuple[int, bytes, int] | tuple[int, bytes, bytes, bytes | None]"
+)
+"""What a transaction has read. Made by `key_is_at`, `map_is_at` and `key_equals`."""
+
+Write: TypeAlias = "tuple[int, bytes, bytes, bytes] | tuple[int, bytes, bytes]"
+"""What a transaction changes. Made by `put_key` and `delete_key`."""
+
+GTID_BYTES = 16
+NO_DEADLINE = arg.UINT_MAX
 
 
 # --- log entries ------------------------------------------------------------------------------------------
@@ -185,196 +228,102 @@ def unpack_entry(data: bytes) -> tuple[int, int, int, int, bytes]:
     return log_time_ms, session, sequence, acknowledged, data[ENTRY_HEADER_SIZE:]
 
 
-# --- arguments --------------------------------------------------------------------------------------------
+# --- the catalogue ------------------------------------------------------------------------------------
 
-_Check: TypeAlias = Callable[[Any, Limits], object]
+_CONDITION = arg.variant(
+    arg.record(arg.uint, arg.name, arg.map_key, arg.uint),
+    arg.record(arg.uint, arg.name, arg.uint),
+    arg.record(arg.uint, arg.name, arg.map_key, arg.optional(arg.map_value)),
+)
+_WRITES = arg.listed(
+    arg.variant(
+        arg.record(arg.uint, arg.name, arg.map_key, arg.map_value),
+        arg.record(arg.uint, arg.name, arg.map_key),
+    ),
+    "tx_writes_max",
+)
 
-
-def _malformed(what: str) -> RemoteProtocolError:
-    return RemoteProtocolError(f"malformed command or query: {what}")
-
-
-def _code(_value: Any, _limits: Limits) -> None:
-    """The number itself: looked at before its arguments are."""
-
-
-def _uint(value: Any, _limits: Limits) -> None:
-    if type(value) is not int or not 0 <= value <= _UINT_MAX:
-        raise _malformed("not an unsigned integer")
-
-
-def _bool(value: Any, _limits: Limits) -> None:
-    if type(value) is not bool:
-        raise _malformed("not a truth value")
-
-
-def _name(value: Any, limits: Limits) -> None:
-    if type(value) is not bytes:
-        raise _malformed("a name must be bytes")
-    if not value:
-        raise UsageError("a name must not be empty")
-    if len(value) > limits.name_size_bytes_max:
-        raise exceeded("name_size_bytes_max", limits.name_size_bytes_max, len(value))
-
-
-def _key(value: Any, limits: Limits) -> None:
-    if type(value) is not bytes:
-        raise _malformed("a key must be bytes")
-    if len(value) > limits.key_size_bytes_max:
-        raise exceeded("key_size_bytes_max", limits.key_size_bytes_max, len(value))
-
-
-def _value(value: Any, limits: Limits) -> None:
-    if type(value) is not bytes:
-        raise _malformed("a value must be bytes")
-    if len(value) > limits.value_size_bytes_max:
-        raise exceeded("value_size_bytes_max", limits.value_size_bytes_max, len(value))
-
-
-def _text(value: Any, limits: Limits) -> None:
-    if type(value) is not str:
-        raise _malformed("not text")
-    # A character is at most four bytes; the exact size is worth computing only for long ones.
-    if 4 * len(value) > limits.name_size_bytes_max:
-        size = len(value.encode("utf-8", "surrogatepass"))
-        if size > limits.name_size_bytes_max:
-            raise exceeded("name_size_bytes_max", limits.name_size_bytes_max, size)
-
-
-def _optional(check: _Check) -> _Check:
-    def check_optional(value: Any, limits: Limits) -> None:
-        if value is not None:
-            check(value, limits)
-
-    return check_optional
-
-
-def _guard(value: Any, limits: Limits) -> None:
-    if value is None:
-        return
-    if type(value) is not list or len(value) != 2:
-        raise _malformed("a guard must be a lock and a token")
-    _name(value[0], limits)
-    _uint(value[1], limits)
-
-
-def _pairs(value: Any, limits: Limits) -> None:
-    if type(value) is not list or len(value) % 2:
-        raise _malformed("keys and values must come in pairs")
-    if len(value) > 2 * limits.update_pairs_max:
-        raise exceeded("update_pairs_max", limits.update_pairs_max, len(value) // 2)
-    for key in value[::2]:
-        _key(key, limits)
-    for item in value[1::2]:
-        _value(item, limits)
-
-
-def _identity16(value: Any, _limits: Limits) -> None:
-    if type(value) is not bytes or len(value) != 16:
-        raise _malformed("an identity must be 16 bytes")
-
-
-def _ttl(value: Any, limits: Limits) -> None:
-    _uint(value, limits)
-    if not limits.session_ttl_ms_min <= value <= limits.session_ttl_ms_max:
-        raise UsageError(
-            f"a TTL must be {limits.session_ttl_ms_min} to {limits.session_ttl_ms_max} ms, not {value}"
-        )
-
-
-def _ids(value: Any, limits: Limits) -> None:
-    if type(value) is not list:
-        raise _malformed("not a list of sessions")
-    for item in value:
-        _uint(item, limits)
-
-
-def _remaining(value: Any, limits: Limits) -> None:
-    if type(value) is not list:
-        raise _malformed("not a list of remaining times")
-    for item in value:
-        if type(item) is not list or len(item) != 2 or type(item[1]) is not int:
-            raise _malformed("not a session and its remaining time")
-        _uint(item[0], limits)
-        if not -1 <= item[1] <= limits.session_ttl_ms_max:
-            raise _malformed("remaining time out of range")
-
-
-def _epoch(value: Any, limits: Limits) -> None:
-    _uint(value, limits)
-    if value >= 1 << 15:
-        raise _malformed("a restore epoch has 15 bits")
-
-
-def _layout(value: Any, limits: Limits) -> None:
-    if type(value) is not list or len(value) != 6:
-        raise _malformed("a layout must be six numbers")
-    for item in value:
-        _uint(item, limits)
-    time_bits, sequence_bits, worker_bits, unit_ms, epoch_ms, worker_is_lowest = value
-    if not 1 <= time_bits <= 63 or sequence_bits + worker_bits > 62:
-        raise UsageError(
-            f"a layout needs 1 to 63 bits of time, not {time_bits}, and at most 62 of sequence and worker, "
-            f"not {sequence_bits} and {worker_bits}"
-        )
-    if not 1 <= unit_ms <= 10_000 or worker_is_lowest > 1:
-        raise UsageError(f"a layout's unit must be 1 to 10000 ms, not {unit_ms}; its order 0 or 1")
-    _instant(epoch_ms, limits)
-
-
-def _instant(value: Any, limits: Limits) -> None:
-    _uint(value, limits)
-    if value >= 1 << 48:
-        raise UsageError(f"{value} ms since 1970 is past the year 9999: is the unit right?")
-
-
-def _window(value: Any, limits: Limits) -> None:
-    _uint(value, limits)
-    if value == 0:
-        raise UsageError("a window must be at least 1 ms")
-    if value > limits.ids_window_ms_max:
-        raise exceeded("ids_window_ms_max", limits.ids_window_ms_max, value)
-
-
-_OPERATIONS: dict[int, tuple[_Check, ...]] = {
-    OpCode.SESSION_OPEN: (_code, _identity16, _ttl, _text),
-    OpCode.SESSION_CLOSE: (_code,),
-    OpCode.SESSION_EXPIRE: (_code, _ids),
-    OpCode.SESSION_CHECKPOINT: (_code, _remaining),
-    OpCode.RECORD_DISK: (_code, _text, _identity16),
-    OpCode.BEGIN_EPOCH: (_code, _epoch),
-    OpCode.ACQUIRE: (_code, _name, _bool),
-    OpCode.RELEASE: (_code, _name, _uint),
-    OpCode.BREAK: (_code, _name),
-    OpCode.MAP_PUT: (_code, _name, _key, _value, _guard),
-    OpCode.MAP_INSERT: (_code, _name, _key, _value, _guard),
-    OpCode.MAP_SETDEFAULT: (_code, _name, _key, _value, _guard),
-    OpCode.MAP_DELETE: (_code, _name, _key, _guard),
-    OpCode.MAP_POP: (_code, _name, _key, _guard),
-    OpCode.MAP_POPITEM: (_code, _name, _guard),
-    OpCode.MAP_UPDATE: (_code, _name, _pairs, _guard),
-    OpCode.MAP_CLEAR: (_code, _name, _guard),
-    OpCode.MAP_COMPARE_AND_SET: (_code, _name, _key, _optional(_value), _optional(_value), _guard),
-    OpCode.IDS_LEASE: (_code, _name, _layout, _window),
-    OpCode.IDS_RENEW: (_code, _name, _uint, _uint, _window),
-    OpCode.IDS_RETURN: (_code, _name, _uint, _uint, _uint),
-    OpCode.IDS_SKIP: (_code, _instant),
+_OPERATIONS: dict[int, tuple[arg.Check, ...]] = {
+    OpCode.SESSION_OPEN: (arg.code, arg.identity16, arg.ttl, arg.text),
+    OpCode.SESSION_CLOSE: (arg.code,),
+    OpCode.SESSION_EXPIRE: (arg.code, arg.ids),
+    OpCode.SESSION_CHECKPOINT: (arg.code, arg.remaining),
+    OpCode.RECORD_DISK: (arg.code, arg.text, arg.identity16),
+    OpCode.BEGIN_EPOCH: (arg.code, arg.epoch),
+    OpCode.ACQUIRE: (arg.code, arg.name, arg.truth),
+    OpCode.RELEASE: (arg.code, arg.name, arg.uint),
+    OpCode.BREAK: (arg.code, arg.name),
+    OpCode.MAP_PUT: (arg.code, arg.name, arg.map_key, arg.map_value, arg.guard),
+    OpCode.MAP_INSERT: (arg.code, arg.name, arg.map_key, arg.map_value, arg.guard),
+    OpCode.MAP_SETDEFAULT: (arg.code, arg.name, arg.map_key, arg.map_value, arg.guard),
+    OpCode.MAP_DELETE: (arg.code, arg.name, arg.map_key, arg.guard),
+    OpCode.MAP_POP: (arg.code, arg.name, arg.map_key, arg.guard),
+    OpCode.MAP_POPITEM: (arg.code, arg.name, arg.guard),
+    OpCode.MAP_UPDATE: (arg.code, arg.name, arg.pairs, arg.guard),
+    OpCode.MAP_CLEAR: (arg.code, arg.name, arg.guard),
+    OpCode.MAP_COMPARE_AND_SET: (
+        arg.code,
+        arg.name,
+        arg.map_key,
+        arg.optional(arg.map_value),
+        arg.optional(arg.map_value),
+        arg.guard,
+    ),
+    OpCode.IDS_LEASE: (arg.code, arg.name, arg.layout, arg.window),
+    OpCode.IDS_RENEW: (arg.code, arg.name, arg.uint, arg.uint, arg.window),
+    OpCode.IDS_RETURN: (arg.code, arg.name, arg.uint, arg.uint, arg.uint),
+    OpCode.IDS_SKIP: (arg.code, arg.instant),
+    OpCode.TX_DECIDE: (
+        arg.code,
+        arg.gtid_or_empty,
+        arg.uint,
+        arg.listed(arg.record(arg.text, arg.text, arg.branch_name), "tx_participants_max"),
+        arg.listed(arg.record(arg.name, arg.uint), "tx_conditions_max"),
+        arg.listed(_CONDITION, "tx_conditions_max"),
+        _WRITES,
+        arg.listed(arg.record(arg.name, arg.uint), "tx_writes_max"),
+        arg.optional(_WRITES),
+        arg.reserved,
+    ),
+    OpCode.TX_RESOLVE: (arg.code, arg.identity16),
+    OpCode.TX_FORGET: (arg.code, arg.listed(arg.record(arg.identity16, arg.branch_name), "tx_writes_max")),
+    OpCode.TX_HEURISTIC: (arg.code, arg.identity16, arg.branch_name, arg.text, arg.text),
+    OpCode.SERVICE_REGISTER: (arg.code, arg.word, arg.text),
+    OpCode.SERVICE_UNREGISTER: (arg.code, arg.word),
 }
 
-_QUERIES: dict[int, tuple[_Check, ...]] = {
-    QueryCode.GET: (_code, _name, _key),
-    QueryCode.GET_META: (_code, _name, _key),
-    QueryCode.CONTAINS: (_code, _name, _key),
-    QueryCode.LEN: (_code, _name),
-    QueryCode.RANGE: (_code, _name, _optional(_key), _uint, _uint, _optional(_uint), _bool),
-    QueryCode.MAPS: (_code, _optional(_name), _uint),
-    QueryCode.LOCK_INFO: (_code, _name),
-    QueryCode.LOCK_LIST: (_code, _optional(_name), _uint),
-    QueryCode.ACQUISITION: (_code, _name, _uint, _uint),
-    QueryCode.MEMBERS: (_code,),
-    QueryCode.IDS_INFO: (_code, _name),
-    QueryCode.IDS_OWNER: (_code, _name, _uint, _uint),
-    QueryCode.IDS_LIST: (_code, _optional(_name), _uint),
+_QUERIES: dict[int, tuple[arg.Check, ...]] = {
+    QueryCode.GET: (arg.code, arg.name, arg.map_key),
+    QueryCode.GET_META: (arg.code, arg.name, arg.map_key),
+    QueryCode.CONTAINS: (arg.code, arg.name, arg.map_key),
+    QueryCode.LEN: (arg.code, arg.name),
+    QueryCode.RANGE: (
+        arg.code,
+        arg.name,
+        arg.optional(arg.map_key),
+        arg.uint,
+        arg.uint,
+        arg.optional(arg.uint),
+        arg.truth,
+    ),
+    QueryCode.MAPS: (arg.code, arg.optional(arg.name), arg.uint),
+    QueryCode.LOCK_INFO: (arg.code, arg.name),
+    QueryCode.LOCK_LIST: (arg.code, arg.optional(arg.name), arg.uint),
+    QueryCode.ACQUISITION: (arg.code, arg.name, arg.uint, arg.uint),
+    QueryCode.MEMBERS: (arg.code,),
+    QueryCode.IDS_INFO: (arg.code, arg.name),
+    QueryCode.IDS_OWNER: (arg.code, arg.name, arg.uint, arg.uint),
+    QueryCode.IDS_LIST: (arg.code, arg.optional(arg.name), arg.uint),
+    QueryCode.TX_STATE: (arg.code, arg.identity16),
+    QueryCode.TX_LIST: (arg.code, arg.optional(arg.identity16), arg.uint, arg.truth),
+    QueryCode.TX_HEURISTICS: (arg.code, arg.optional(arg.record(arg.identity16, arg.branch_name)), arg.uint),
+    QueryCode.TIME: (arg.code,),
+    QueryCode.SERVICES: (
+        arg.code,
+        arg.optional(arg.word),
+        arg.optional(arg.record(arg.word, arg.uint)),
+        arg.uint,
+    ),
 }
 
 _INTERNAL = frozenset(
@@ -382,10 +331,10 @@ _INTERNAL = frozenset(
 )
 
 
-def _decode(data: bytes, specifications: dict[int, tuple[_Check, ...]], limits: Limits) -> list[Any]:
+def _decode(data: bytes, specifications: dict[int, tuple[arg.Check, ...]], limits: Limits) -> list[Any]:
     args = decode(data)
     if type(args) is not list or not args or type(args[0]) is not int:
-        raise _malformed("not an array that begins with a number")
+        raise arg.malformed("not an array that begins with a number")
     specification = specifications.get(args[0])
     if specification is None:
         raise UnknownCommand(
@@ -393,7 +342,7 @@ def _decode(data: bytes, specifications: dict[int, tuple[_Check, ...]], limits: 
             number=args[0],
         )
     if len(args) != len(specification):
-        raise _malformed(f"{len(specification) - 1} arguments expected, {len(args) - 1} given")
+        raise arg.malformed(f"{len(specification) - 1} arguments expected, {len(args) - 1} given")
     for check, value in zip(specification, args, strict=True):
         check(value, limits)
     return args
@@ -645,6 +594,109 @@ def ids_skip(floor_ms: int) -> bytes:
     return encode((OpCode.IDS_SKIP.value, floor_ms))
 
 
+def key_is_at(map_name: bytes, key: bytes, mod_revision: int) -> Condition:
+    """The key was last changed at this revision; 0: it is not there."""
+    return (0, map_name, key, mod_revision)
+
+
+def map_is_at(map_name: bytes, revision: int) -> Condition:
+    """Nothing in the map was changed after this revision; 0: it is empty."""
+    return (1, map_name, revision)
+
+
+def key_equals(map_name: bytes, key: bytes, value: bytes | None) -> Condition:
+    """The key has this value, whenever it got it; None: it is not there."""
+    return (2, map_name, key, value)
+
+
+def put_key(map_name: bytes, key: bytes, value: bytes) -> Write:
+    return (0, map_name, key, value)
+
+
+def delete_key(map_name: bytes, key: bytes) -> Write:
+    """A key that is not there stays so."""
+    return (1, map_name, key)
+
+
+def tx_decide(
+    gtid: bytes,
+    deadline_ms: int = NO_DEADLINE,
+    *,
+    participants: Iterable[tuple[str, str, bytes]] = (),
+    guards: Iterable[tuple[bytes, int]] = (),
+    conditions: Iterable[Condition] = (),
+    writes: Iterable[Write] = (),
+    releases: Iterable[tuple[bytes, int]] = (),
+    otherwise: Iterable[Write] | None = None,
+) -> bytes:
+    """
+    -> [`TxStatus`, reason, revision, branch, failed condition]. The decision of a transaction: all of it or nothing.
+
+    Committed: every guard held, and every condition, so `writes` are carried out (branch 0); or a condition failed
+    and there is `otherwise`, so that is carried out instead (branch 1). Either way the locks in `releases` are free, and the
+    participants are pending until they are forgotten. Of several writes to one key the last one counts.
+    Aborted: nothing is changed. The reason is "deadline", "lock-lost", "conflict", "quota" or "resolved". Unknown ("horizon"):
+    too long ago to say whether it was committed; nothing is changed.
+
+    Asked again, in whatever session, it answers what it answered. With an empty gtid nothing is remembered but
+    the reply of the request: a conditional batch, which can have no participants. ConditionFailed: the gtid was
+    minted so far ahead of log_time that nothing may be decided yet; nothing was.
+
+    Args:
+        deadline_ms: In log_time. A transaction has at most `tx_lifetime_ms` since it was minted, whatever it says.
+        participants: (resource, node, branch): who has prepared.
+        guards: (lock, token): must be that of the lock's holder.
+        releases: (lock, sequence of the acquisition) of this session.
+    """
+    return encode(
+        (
+            OpCode.TX_DECIDE.value,
+            gtid,
+            deadline_ms,
+            list(participants),
+            list(guards),
+            list(conditions),
+            list(writes),
+            list(releases),
+            None if otherwise is None else list(otherwise),
+            [],
+        )
+    )
+
+
+def tx_resolve(gtid: bytes) -> bytes:
+    """
+    -> [`TxStatus`, reason, revision], never NONE. What was decided; if nothing was, it is aborted now, for ever.
+
+    ConditionFailed: as of `tx_decide`.
+    """
+    return encode((OpCode.TX_RESOLVE.value, gtid))
+
+
+def tx_forget(branches: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """-> [how many were pending]. (gtid, branch): they have obeyed the decision. Unknown ones are ignored."""
+    return encode((OpCode.TX_FORGET.value, [list(branch) for branch in branches]))
+
+
+def tx_heuristic(gtid: bytes, branch: bytes, outcome: str, who: str) -> bytes:
+    """
+    -> [was it pending]. A branch came to an outcome of its own: kept for people to see, and no longer pending.
+
+    With an empty outcome: it has been seen to, and is no longer kept.
+    """
+    return encode((OpCode.TX_HEURISTIC.value, gtid, branch, outcome, who))
+
+
+def service_register(service: str, instance: str) -> bytes:
+    """-> [is it new]. The session hosts the service from now on, until it says otherwise or ends."""
+    return encode((OpCode.SERVICE_REGISTER.value, service, instance))
+
+
+def service_unregister(service: str) -> bytes:
+    """-> [was it registered]."""
+    return encode((OpCode.SERVICE_UNREGISTER.value, service))
+
+
 # --- builders of queries ----------------------------------------------------------------------------------
 
 
@@ -731,3 +783,43 @@ def query_ids_owner(name: bytes, worker: int, unit: int) -> bytes:
 def query_ids_list(after: bytes | None = None, limit: int = 1000) -> bytes:
     """-> [[[name, layout, workers ever used], ...], are there more]. Sorted by name."""
     return encode((QueryCode.IDS_LIST.value, after, limit))
+
+
+def query_tx_state(gtid: bytes) -> bytes:
+    """
+    -> [`TxStatus`, reason, revision, is the initiator's session alive, log_time in ms, pending, heuristics].
+
+    Pending: [[resource, node, branch], ...]; heuristics: [[branch, outcome, who, log_time in ms], ...].
+    """
+    return encode((QueryCode.TX_STATE.value, gtid))
+
+
+def query_tx_list(after: bytes | None = None, limit: int = 1000, only_pending: bool = False) -> bytes:
+    """
+    -> [[[gtid, `TxStatus`, reason, revision, pending], ...], are there more].
+
+    A page may be shorter than `limit`. In table order; those that are pending in the order of gtids.
+    """
+    return encode((QueryCode.TX_LIST.value, after, limit, only_pending))
+
+
+def query_tx_heuristics(after: tuple[bytes, bytes] | None = None, limit: int = 1000) -> bytes:
+    """-> [[[gtid, branch, outcome, who, log_time in ms], ...], are there more]. Sorted by gtid and branch."""
+    return encode((QueryCode.TX_HEURISTICS.value, after, limit))
+
+
+def query_time() -> bytes:
+    """-> [log_time of the last entry in ms]."""
+    return encode((QueryCode.TIME.value,))
+
+
+def query_services(
+    service: str | None = None, after: tuple[str, int] | None = None, limit: int = 1000
+) -> bytes:
+    """
+    -> [[[service, session, owner, instance, since ms], ...], are there more]. Sorted; of one service, or of all.
+
+    Args:
+        after: Service and session of the last row of the page before.
+    """
+    return encode((QueryCode.SERVICES.value, service, after, limit))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from coordlib.errors import KeyExists, RevisionCompacted, invariant
 from coordlib.machine.commands import OpCode
@@ -36,6 +36,8 @@ CURSORS_BYTES_MAX = 64 * 1024 * 1024  # of old values, remembered for all cursor
 CURSOR_IDLE_MS_MAX = 30_000
 
 Result = tuple[Any, ...]
+Changes: TypeAlias = dict[bytes, dict[bytes, bytes | None]]
+"""What is to be in which map under which key; None: nothing."""
 
 
 class _Map:
@@ -222,6 +224,62 @@ class Maps:
         else:
             return (0, True, None, 0)
         return (0, True, None, meta.index)
+
+    # --- for transactions ---------------------------------------------------------------------------------
+
+    def failed_condition(self, conditions: list[list[Any]]) -> int:
+        """The place of the first condition that does not hold, -1 if all do. See `commands.Condition`."""
+        for place, (kind, name, *rest) in enumerate(conditions):
+            if kind == 1:
+                found = self.maps.get(name)
+                holds = (0 if found is None else found.revision) == rest[0]
+            else:
+                record = self._record(name, rest[0])
+                if kind == 0:
+                    holds = (0 if record is None else _unpack_from(record)[1]) == rest[1]
+                else:
+                    holds = (None if record is None else record[_PREFIX:]) == rest[1]
+            if not holds:
+                return place
+        return -1
+
+    def check_changes(self, changes: Changes, pending_bytes: int = 0) -> None:
+        """
+        Refuse changes that together would make the state too large; never any that do not make it larger.
+
+        Raises:
+            QuotaExceeded: Of `state_size_bytes_max` or `maps_max`.
+        """
+        growth = more_maps = 0
+        for name, values in changes.items():
+            found = self.maps.get(name)
+            keys = before = 0 if found is None else len(found.table)
+            for key, value in values.items():
+                old = None if found is None else found.table.get(key)
+                if value is not None:
+                    growth += _PREFIX + len(value)
+                if old is not None:
+                    growth -= len(old)
+                if (old is None) != (value is None):
+                    sign = 1 if old is None else -1
+                    keys += sign
+                    growth += sign * (ENTRY_OVERHEAD_BYTES + len(key))
+            more_maps += bool(keys) - bool(before)
+        limits = self._limits
+        if growth > 0 and self.size_bytes + growth + pending_bytes > limits.state_size_bytes_max:
+            wanted = self.size_bytes + growth + pending_bytes
+            raise exceeded("state_size_bytes_max", limits.state_size_bytes_max, wanted)
+        if more_maps > 0 and len(self.maps) + more_maps > limits.maps_max:
+            raise exceeded("maps_max", limits.maps_max, len(self.maps) + more_maps)
+
+    def change(self, changes: Changes, index: int) -> None:
+        """Carry out changes that were checked."""
+        for name, values in changes.items():
+            for key, value in values.items():
+                if value is None:
+                    self._remove(name, key, index)
+                else:
+                    self._store(name, key, value, index, is_checked=True)
 
     # --- queries ------------------------------------------------------------------------------------------
 

@@ -51,6 +51,14 @@ class Limits(NamedTuple):
     ids_window_ms_max: int = 600_000  # what a restore from back-up has to skip
     id_generators_max: int = 1024
     id_workers_max: int = 100_000  # ever used, of all generators: beyond it only those used before are leased
+    tx_lifetime_ms: int = 600_000  # since the gtid was minted: no transaction is committed later
+    tx_retention_ms: int = 86_400_000  # after that, for which it is remembered that it was
+    tx_outcomes_max: int = 200_000  # committed ones; aborted ones; those with a pending participant
+    tx_participants_max: int = 64
+    tx_conditions_max: int = 4096  # and as many guards
+    tx_writes_max: int = 4096  # and as many releases, and branches in one FORGET
+    services_max: int = 10_000  # registered, of all sessions
+    session_services_max: int = 256
 
 
 def exceeded(limit: str, maximum: int, wanted: int) -> QuotaExceeded:

@@ -107,6 +107,10 @@ class Sessions:
     def is_alive(self, id: int) -> bool:
         return id in self._live
 
+    def get(self, id: int) -> Session | None:
+        """The session if it is alive."""
+        return self._live.get(id)
+
     def ttl_ms(self, id: int) -> int:
         """The TTL that a live session was opened with."""
         return self._live[id].ttl_ms

@@ -21,8 +21,8 @@ from coordlib.errors import CoordError, FatalError, LocalProtocolError, RemotePr
 __all__ = ["Block", "SnapshotSink", "SnapshotSource", "UnknownSnapshot", "pack_block", "pack_records"]
 
 MAGIC = b"CLSN"
-SNAPSHOT_VERSION = 2  # 2: ids, and more limits
-_READABLE = (1, SNAPSHOT_VERSION)
+SNAPSHOT_VERSION = 3  # 2: ids; 3: transactions and services; each: more limits
+_READABLE = (1, 2, SNAPSHOT_VERSION)
 _PREAMBLE = struct.Struct(">4sH")
 _LENGTH = struct.Struct(">I")
 
@@ -43,6 +43,10 @@ class Block(IntEnum):
     IDS = 7  # floor in ms, last lease, fence
     ID_LAYOUTS = 8  # [key, record, ...]
     ID_WORKERS = 9  # [key, record, ...]
+    TRANSACTIONS = 10  # horizon in ms, close in ms
+    TX_OUTCOMES = 11  # [key, record, ...]
+    TX_HEURISTICS = 12  # [key, record, ...]
+    SERVICES = 13  # [key, record, ...]
 
 
 class UnknownSnapshot(FatalError):

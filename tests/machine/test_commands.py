@@ -45,6 +45,25 @@ OPERATIONS: dict[OpCode, bytes] = {
     OpCode.IDS_RENEW: commands.ids_renew(b"orders", 0, 1, 10_000),
     OpCode.IDS_RETURN: commands.ids_return(b"orders", 0, 1, 5),
     OpCode.IDS_SKIP: commands.ids_skip(1_800_000_000_000),
+    OpCode.TX_DECIDE: commands.tx_decide(
+        NONCE,
+        5000,
+        participants=[("db", "a", b"branch")],
+        guards=[(b"lock", 1)],
+        conditions=[
+            commands.key_is_at(b"m", b"k", 3),
+            commands.map_is_at(b"m", 3),
+            commands.key_equals(b"m", b"k", None),
+        ],
+        writes=[commands.put_key(b"m", b"k", b"v"), commands.delete_key(b"m", b"l")],
+        releases=[(b"lock", 1)],
+        otherwise=[commands.put_key(b"m", b"k", b"w")],
+    ),
+    OpCode.TX_RESOLVE: commands.tx_resolve(NONCE),
+    OpCode.TX_FORGET: commands.tx_forget([(NONCE, b"branch")]),
+    OpCode.TX_HEURISTIC: commands.tx_heuristic(NONCE, b"branch", "rolled back", "a"),
+    OpCode.SERVICE_REGISTER: commands.service_register("inventory", "a:1"),
+    OpCode.SERVICE_UNREGISTER: commands.service_unregister("inventory"),
 }
 QUERIES: dict[QueryCode, bytes] = {
     QueryCode.GET: commands.query_get(b"m", b"k"),
@@ -60,6 +79,11 @@ QUERIES: dict[QueryCode, bytes] = {
     QueryCode.IDS_INFO: commands.query_ids_info(b"orders"),
     QueryCode.IDS_OWNER: commands.query_ids_owner(b"orders", 0, 5),
     QueryCode.IDS_LIST: commands.query_ids_list(),
+    QueryCode.TX_STATE: commands.query_tx_state(NONCE),
+    QueryCode.TX_LIST: commands.query_tx_list(NONCE, 10, True),
+    QueryCode.TX_HEURISTICS: commands.query_tx_heuristics((NONCE, b"branch"), 10),
+    QueryCode.TIME: commands.query_time(),
+    QueryCode.SERVICES: commands.query_services("inventory", ("inventory", 3), 10),
 }
 LIMITS = Limits()
 
@@ -105,6 +129,12 @@ def test_numbers_of_operations_are_what_old_logs_hold() -> None:
         "IDS_RENEW": 49,
         "IDS_RETURN": 50,
         "IDS_SKIP": 51,
+        "TX_DECIDE": 64,
+        "TX_RESOLVE": 65,
+        "TX_FORGET": 66,
+        "TX_HEURISTIC": 67,
+        "SERVICE_REGISTER": 72,
+        "SERVICE_UNREGISTER": 73,
     }
 
 

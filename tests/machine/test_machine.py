@@ -150,7 +150,8 @@ class Model(RuleBasedStateMachine):
         was_held = queue[0] == (session, sequence)
         queue.remove((session, sequence))
         assert ["held" if was_held else "queued"] == decode_reply(applied.reply)
-        assert tuple(self.grant(lock) if was_held else ()) == applied.effects
+        expected = self.grant(lock) if was_held else [LockWithdrawn(session, sequence)]
+        assert expected == list(applied.effects)
 
     @precondition(lambda self: self.sessions)
     @rule(pick=st.integers(0, 20))
@@ -305,6 +306,10 @@ def _content(machine: Machine) -> object:
         _drained(machine._ids.layouts),
         _drained(machine._ids.workers),
         (machine._ids.floor_ms, machine._ids.last_lease),
+        _drained(machine._transactions.outcomes),
+        _drained(machine._transactions.heuristics),
+        (machine._transactions.horizon_ms, machine._transactions.close_ms),
+        _drained(machine._services.table),
         [session[:2] for session in machine.sessions.live()],
         machine._locks.counter,
     )

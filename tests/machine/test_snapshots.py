@@ -39,6 +39,10 @@ def disturb(driver: Driver, rng: random.Random, sessions: list[int]) -> None:
     key = b"key-%d" % rng.randrange(200)
     lock = b"lock-%d" % rng.randrange(10)
     ids = b"ids-%d" % rng.randrange(2)
+    mint_ms = driver.now_ms - rng.randrange(20)
+    gtid = mint_ms.to_bytes(6) + session.to_bytes(8) + rng.randrange(2).to_bytes(2)
+    branches = [("db", "a", b"%d" % number) for number in range(rng.randrange(3))]
+    known = [row[0] for row in driver.ask(commands.query_tx_list(None, 50, True))[0]]
     operation = rng.choice(
         [
             commands.ids_lease(ids, (41, 12, 3, 1, 1, 1), rng.randrange(1, 200)),
@@ -47,6 +51,19 @@ def disturb(driver: Driver, rng: random.Random, sessions: list[int]) -> None:
             commands.ids_skip(driver.now_ms + 10)
             if rng.random() < 0.05
             else commands.map_put(name, key, b"x"),
+            commands.tx_decide(
+                gtid,
+                driver.now_ms + rng.randrange(-1, 9),
+                participants=branches,
+                conditions=[commands.map_is_at(name, 0)] if rng.random() < 0.5 else [],
+                writes=[commands.put_key(name, key, b"t"), commands.delete_key(b"map-0", key)],
+                releases=[(lock, rng.randrange(1, 100))],
+            ),
+            commands.tx_resolve(gtid),
+            commands.tx_forget([(item, b"%d" % rng.randrange(3)) for item in known]),
+            commands.tx_heuristic(gtid, b"0", rng.choice(["", "rolled back"]), "somebody"),
+            commands.service_register(f"service-{rng.randrange(3)}", f"{rng.randrange(2)}"),
+            commands.service_unregister(f"service-{rng.randrange(3)}"),
             commands.map_put(name, key, rng.randbytes(rng.randrange(50))),
             commands.map_delete(name, key),
             commands.map_update(name, [(b"key-%d" % rng.randrange(200), b"u") for _ in range(5)]),
@@ -81,6 +98,12 @@ def test_a_restored_machine_is_the_machine() -> None:
         "state_bytes",
         "id_generators",
         "id_workers",
+        "tx_committed",
+        "tx_pending",
+        "tx_aborted",
+        "tx_heuristics",
+        "tx_horizon_ms",
+        "services",
     )
     for name in names:
         assert driver.machine.counters[name] == other.counters[name]
@@ -118,6 +141,8 @@ def test_a_snapshot_is_of_the_moment_it_was_begun(seed: int) -> None:
     assert expected == b"".join(parts)
     assert not driver.machine.sessions.table.views
     assert not driver.machine._ids.workers.views
+    assert not driver.machine._transactions.outcomes.views
+    assert not driver.machine._services.table.views
     # A member that was restored from it and is given the rest of the log agrees with all others.
     other = restore(expected)
     for index, data in driver.log:
@@ -188,8 +213,8 @@ def test_a_damaged_snapshot_leaves_the_state_as_it_was() -> None:
 def test_a_snapshot_of_a_newer_format_is_refused_with_the_remedy() -> None:
     """The node stops, with its state unchanged."""
     with pytest.raises(UnknownSnapshot) as caught:
-        Machine().begin_restore().feed(b"CLSN\x00\x03")
-    assert ("upgrade" in str(caught.value), 3) == (True, caught.value.version)
+        Machine().begin_restore().feed(b"CLSN\x00\x04")
+    assert ("upgrade" in str(caught.value), 4) == (True, caught.value.version)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +256,7 @@ def test_sources_and_sinks_are_used_once() -> None:
         sink.feed(b"")
 
 
-@pytest.mark.parametrize("version", [1, SNAPSHOT_VERSION])
+@pytest.mark.parametrize("version", [1, 2, SNAPSHOT_VERSION])
 def test_every_format_is_still_read(version: int) -> None:
     """
     Disk: a log and its snapshot as each version wrote them.
