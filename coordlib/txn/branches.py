@@ -133,7 +133,8 @@ class Branch(Protocol):
     They are called one at a time, not always on the same thread. `commit` is called after a vote of YES only.
 
     Attributes:
-        bqual: `BranchName.pack` of this branch; distinct among the transaction's branches.
+        bqual: `BranchName.pack` of this branch; distinct among the transaction's branches. `prepare` may append
+            evidence to it: what the decision's list of participants holds is read after the vote.
         is_last_resource: It cannot prepare: at most one of a transaction. `prepare` is never called.
     """
 

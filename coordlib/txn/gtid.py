@@ -10,7 +10,8 @@ offset  size  field
 14      2     counter
 ======  ====  ==========================================================
 
-A branch has a *bqual*: what of the transaction is where. 9 bytes, and 5 more if `LAST_RESOURCE` is set:
+A branch has a *bqual*: what of the transaction is where. 9 bytes, 5 more if `LAST_RESOURCE` is set, and then as
+many more (up to 16) as the resource needs if `EVIDENCE` is set:
 
 ======  ====  ==========================================================
 offset  size  field
@@ -20,6 +21,7 @@ offset  size  field
 7       1     number of the branch within the transaction and node
 8       1     flags
 9       5     resource tag of the last resource, which decides
+9 or 14 1-16  evidence: by what the resource finds out how the branch ended
 ======  ====  ==========================================================
 
 Disk: databases keep these names in their own logs; changing them loses what is prepared there.
@@ -36,6 +38,8 @@ from typing import Final, NamedTuple
 from coordlib.errors import invariant
 
 __all__ = [
+    "EVIDENCE",
+    "EVIDENCE_SIZE_MAX",
     "FORMAT_ID",
     "GTID_SIZE",
     "LAST_RESOURCE",
@@ -64,6 +68,10 @@ TAG_SIZE: Final = 5
 NODE_TAG_SIZE: Final = 2
 LAST_RESOURCE: Final = 1
 """Flag of a bqual: not the log decides but the last resource, whose tag follows. Never to be resolved in the log."""
+
+EVIDENCE: Final = 2
+"""Flag of a bqual: the resource's own evidence follows, by which it can tell how a branch that is gone ended."""
+EVIDENCE_SIZE_MAX: Final = 16
 
 _COUNTER_MAX = 0xFFFF
 _MINT_MAX = (1 << 48) - 1
@@ -136,22 +144,26 @@ class BranchName(NamedTuple):
     node_tag: bytes
     number: int
     decider_tag: bytes = b""  # of the last resource, where that decides; else empty
+    evidence: bytes = b""  # the resource's own; only once it has prepared
 
     @property
     def flags(self) -> int:
-        return LAST_RESOURCE if self.decider_tag else 0
+        return (LAST_RESOURCE if self.decider_tag else 0) | (EVIDENCE if self.evidence else 0)
 
     def pack(self) -> bytes:
-        return self.resource_tag + self.node_tag + bytes((self.number, self.flags)) + self.decider_tag
+        head = self.resource_tag + self.node_tag + bytes((self.number, self.flags))
+        return head + self.decider_tag + self.evidence
 
     @classmethod
     def unpack(cls, bqual: bytes) -> BranchName | None:
         """The fields; None if it is no bqual of ours."""
-        if len(bqual) == 9 and bqual[8] == 0:
-            return cls(bqual[:5], bqual[5:7], bqual[7])
-        if len(bqual) == 14 and bqual[8] == LAST_RESOURCE:
-            return cls(bqual[:5], bqual[5:7], bqual[7], bqual[9:])
-        return None
+        if len(bqual) < 9 or bqual[8] & ~(LAST_RESOURCE | EVIDENCE):
+            return None
+        end = 9 + TAG_SIZE * (bqual[8] & LAST_RESOURCE)
+        name = cls(bqual[:5], bqual[5:7], bqual[7], bqual[9:end], bqual[end:])
+        if len(name.evidence) > EVIDENCE_SIZE_MAX or len(bqual) < end or name.flags != bqual[8]:
+            return None
+        return name
 
 
 def _text(data: bytes) -> str:
@@ -172,7 +184,7 @@ def gtrid_of(cluster: bytes, gtid: bytes) -> str:
 
 
 def bqual_text(bqual: bytes) -> str:
-    """XA's branch qualifier: 15 or 23 characters of [0-9A-V]."""
+    """XA's branch qualifier: 15 to 48 characters of [0-9A-V]."""
     return _text(bqual)
 
 
