@@ -694,6 +694,9 @@ class MemberKernel:
             if raft.leader:
                 self.counters["leader_changes"] += 1
                 if not raft.is_leader:
+                    # At once: before it has heard the clocks of a quorum, a leader cannot set log_time right.
+                    self._next_status = now + STATUS_EVERY_MS
+                    self._status_round(now)
                     self._say(
                         logging.INFO,
                         "leader.changed",

@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 from coordlib.api.maps import _MapBase
+from coordlib.cbor import decode
 from coordlib.errors import StartError
+from coordlib.machine import commands
+from coordlib.machine.effects import Applied
+from coordlib.raft.messages import Entry, EntryKind
 from coordlib.testing.disk import SimulatedFileSystem
-from coordlib.testing.simulation.processes import MemberProcess
+from coordlib.testing.simulation.processes import WALL_MS, MemberProcess
 from coordlib.testing.simulation.surroundings import NetworkProfile
 from coordlib.testing.simulation.world import World
 from coordlib.wire.messages import Announce, Refusal
@@ -280,3 +284,21 @@ def test_a_reconnect_does_not_make_a_member_look_as_if_its_disk_had_lost_somethi
         world.release_all(pairs)
         assert world.run(5000, lambda: all_work(world))
         assert not any(event_names(process).count("disk.behind") for process in world.up_members)
+
+
+def test_the_first_commands_of_a_new_cluster_are_dated_right(world: World) -> None:
+    """The leader hears the clocks of a quorum as soon as it leads, not when they are told next: sessions come later."""
+    world.start_all()
+    dates: list[int] = []
+
+    def opened(name: str, entry: Entry, applied: Applied) -> None:
+        if entry.kind == EntryKind.COMMAND:
+            log_time_ms, _, _, _, operation = commands.unpack_entry(entry.data)
+            if decode(operation)[0] == commands.OpCode.SESSION_OPEN:
+                dates.append(log_time_ms)
+
+    world.on_applied = opened
+    # Three sessions, each applied by three members.
+    # Three sessions, each applied by three members.
+    assert world.run(PATIENCE_MS, lambda: len(dates) >= 9)
+    assert all(abs(date - WALL_MS) < 60_000 for date in dates), dates

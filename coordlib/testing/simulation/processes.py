@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WALL_MS", "ClientProcess", "Guest", "MemberProcess", "Operation", "Process", "SimulatedProcess"]
 
-WALL_MS = 1_700_000_000_000
+WALL_MS = 1_800_000_000_000  # after every epoch that ids are counted from
 PAUSED_LOOK_MS = 10
 
 
