@@ -59,6 +59,9 @@ FIRST_WINDOW_MS: Final = 10_000
 WINDOW_MS_MAX: Final = 600_000
 """As replicated in `ids_window_ms_max`: what a restore from back-up has to skip."""
 
+WINDOW_UNITS_MIN: Final = 8
+"""Of a layout with long units, a window has at least so many, or it would be renewed for every id."""
+
 RETRY_MS: Final = 1000
 """How soon after a renewal was refused the next is asked for, if ids are still minted."""
 
@@ -106,8 +109,10 @@ class _IdsBase:
         self.name = name
         self.layout = layout
         self._generator_name = encode_name(name, "generator of ids")
-        self._window_ms_max = window_ms
-        self._window_ms = min(FIRST_WINDOW_MS, window_ms)
+        shortest_ms = WINDOW_UNITS_MIN * layout.unit_ms
+        self._first_window_ms = max(shortest_ms, min(FIRST_WINDOW_MS, window_ms))
+        self._window_ms_max = max(shortest_ms, window_ms)
+        self._window_ms = self._first_window_ms
         self._request_timeout_ms = request_timeout_ms
         self._begin = begin
         self._minter = Minter(
@@ -280,10 +285,16 @@ class _IdsBase:
             layout.epoch,
             int(layout.worker_is_lowest),
         )
-        window_ms = min(FIRST_WINDOW_MS, self._window_ms_max)
+        window_ms = self._first_window_ms
         body = commands.ids_lease(self._generator_name, fields, window_ms)
         reply = yield Step(RequestKind.COMMAND, body, FOREVER_MS)
         worker, number, from_unit, until_unit, now_unit, _ = commands.decode_reply(reply)
+        from_unit = max(1, from_unit)  # no id is 0
+        if from_unit >= until_unit:
+            raise IdLeaseExpired(
+                f"the time of ids {self.name!r} begins now, at their epoch; no id was minted. Ask again",
+                name=self.name,
+            )
         lease = _Lease(worker, number, from_unit, until_unit)
         if self._is_revoked:
             yield from self._give_back_gen(lease, from_unit, FOREVER_MS)
