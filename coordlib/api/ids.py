@@ -40,7 +40,7 @@ from coordlib.ids.inspecting import IdInfo, inspect
 from coordlib.ids.layout import Layout
 from coordlib.ids.minter import Minter, NeedsWait, NeedsWindow
 from coordlib.machine import commands
-from coordlib.node.clock import monotonic_clock_ns, monotonic_ms
+from coordlib.node.clock import monotonic_clock_ns, monotonic_ms, pace_clock_ns
 from coordlib.node.operations import FOREVER_MS, OpGen, Step
 from coordlib.node.session import Call
 from coordlib.node.waiting import wake_all
@@ -58,6 +58,9 @@ FIRST_WINDOW_MS: Final = 10_000
 
 WINDOW_MS_MAX: Final = 600_000
 """As replicated in `ids_window_ms_max`: what a restore from back-up has to skip."""
+
+AHEAD_MS: Final = 1000
+"""How far ids may run ahead of their time, where more are minted than there is time for, before minting waits."""
 
 WINDOW_UNITS_MIN: Final = 8
 """Of a layout with long units, a window has at least so many, or it would be renewed for every id."""
@@ -90,7 +93,7 @@ class _IdsBase:
     Everything but the waiting.
 
     Args:
-        clock_ns: Of the process that mints.
+        clock_ns, pace_ns: Of the process that mints; see `Minter`.
         begin: Runs an operation in the background; raises if there is nothing that could run it.
         on_exhausted: As the minter's, for those of its users who do not come by an operation.
     """
@@ -103,6 +106,7 @@ class _IdsBase:
         *,
         request_timeout_ms: int,
         clock_ns: Callable[[], int],
+        pace_ns: Callable[[], int] | None = None,
         begin: Callable[[OpGen[None]], None],
         on_exhausted: Callable[[NeedsWindow | NeedsWait], None] | None = None,
     ) -> None:
@@ -116,7 +120,12 @@ class _IdsBase:
         self._request_timeout_ms = request_timeout_ms
         self._begin = begin
         self._minter = Minter(
-            layout, clock_ns=clock_ns, on_exhausted=on_exhausted, on_renewal_due=self._renewal_due
+            layout,
+            clock_ns=clock_ns,
+            pace_ns=pace_ns,
+            max_ahead_ms=max(AHEAD_MS, layout.unit_ms),
+            on_exhausted=on_exhausted,
+            on_renewal_due=self._renewal_due,
         )
         self._lease: _Lease | None = None
         # No id of this process is of this unit or later, whatever windows it had.
@@ -392,6 +401,7 @@ class Ids(_IdsBase):
             window_ms,
             request_timeout_ms=cluster._request_timeout_ms,
             clock_ns=monotonic_clock_ns(),
+            pace_ns=pace_clock_ns(),
             begin=cluster._begin,
             on_exhausted=self._wait_for,
         )
@@ -479,6 +489,7 @@ class AsyncIds(_IdsBase):
             window_ms,
             request_timeout_ms=cluster._request_timeout_ms,
             clock_ns=monotonic_clock_ns(),
+            pace_ns=pace_clock_ns(),
             begin=cluster._begin,
         )
         self._cluster = cluster
