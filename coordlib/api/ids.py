@@ -142,14 +142,13 @@ class _IdsBase:
     @property
     def worker(self) -> int | None:
         """The worker number of this process's ids at the moment; None before the first id."""
-        lease = self._lease
-        return None if lease is None else lease.worker
+        return self._minter.info().worker
 
     @property
     def window_ends(self) -> datetime | None:
         """Up to when ids can be minted without asking the cluster (UTC, by the ids' own time); None before the first."""
-        lease = self._lease
-        return None if lease is None else self.layout.start_of(lease.until_unit)
+        info = self._minter.info()
+        return None if info.worker is None else self.layout.start_of(info.until_unit)
 
     @property
     def counters(self) -> dict[str, int]:

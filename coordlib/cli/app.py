@@ -17,6 +17,7 @@ from typing import Final
 
 import coordlib
 from coordlib.errors import CoordError
+from coordlib.ids import LAYOUTS
 
 __all__ = ["main"]
 
@@ -87,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     _attach_arguments(locks)
     locks.add_argument("--json", action="store_true", help="as one JSON list")
 
+    ids = command("ids", "read or mint ids, or skip those of an original after a restore")
+    _ids_arguments(ids)
+
     keys = command("keys", "make a secret for a cluster")
     keys.add_argument("action", choices=["new"], help="print a new secret; give the same to every member")
 
@@ -125,6 +129,49 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", "measure this machine (needs the source tree)")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of benchmarks/run.py")
     return parser
+
+
+def _ids_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        description = text[0].upper() + text[1:] + "."
+        sub = actions.add_parser(name, help=text, description=description, epilog=_ENVIRONMENT)
+        _attach_arguments(sub)
+        return sub
+
+    inspect = action(
+        "inspect", "show the time, worker and sequence of an id; with --name, ask the cluster who minted it"
+    )
+    inspect.add_argument("id", metavar="ID")
+    mint = action("mint", "print new ids: of the cluster's, or with --worker without a cluster")
+    mint.add_argument("-n", dest="count", metavar="N", type=int, default=1, help="how many; by default 1")
+    mint.add_argument(
+        "--worker", metavar="N", type=int, help="without a cluster; the number of no other process"
+    )
+    for sub in (inspect, mint):
+        sub.add_argument("--name", help="of a generator of the cluster")
+        sub.add_argument("--layout", choices=LAYOUTS, help="by default the generator's, or the default one")
+        sub.add_argument(
+            "--form",
+            choices=("decimal", "base32", "base62", "hex"),
+            default="decimal",
+            help="by default decimal",
+        )
+    skip = action("skip", "after a restore from back-up, mint no id that the original may have minted")
+    skip.add_argument(
+        "--original-is-stopped",
+        action="store_true",
+        help="confirms that no member and no application of the original runs any more",
+    )
+    skip.add_argument(
+        "--not-before",
+        dest="not_before_ms",
+        metavar="MS",
+        type=int,
+        default=0,
+        help="a time, in ms since 1970, up to which the original ran, if the clocks here may be behind it",
+    )
 
 
 def _attach_arguments(parser: argparse.ArgumentParser) -> None:

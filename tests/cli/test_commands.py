@@ -33,7 +33,7 @@ def test_version_and_wrong_arguments_end_as_argparse_ends_them(capsys: pytest.Ca
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("serve", "status", "locks", "keys", "doctor", "demo", "check", "bench"):
+    for command in ("serve", "status", "locks", "ids", "keys", "doctor", "demo", "check", "bench"):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
