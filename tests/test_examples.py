@@ -49,6 +49,7 @@ def test_every_example_is_tested_here() -> None:
         "orders_service.py",
         "quickstart.py",
         "test_orders_under_faults.py",
+        "worker_pool.py",
     ]
 
 
@@ -92,6 +93,18 @@ def test_pre_fork_workers_attach_each_for_itself(solo: Members) -> None:
     )
     assert "3 of 3 workers" in out
     assert solo.clusters["solo"].map("served")["count"] == 15
+
+
+def test_a_pool_of_workers_mints_no_id_twice(solo: Members) -> None:
+    """Eight forked processes, of which two are killed."""
+    out = run(
+        "worker_pool.py",
+        COORDLIB_ENDPOINTS=solo.endpoints["solo"],
+        COORDLIB_CLUSTER="shop",
+        COORDLIB_SECRET=solo.secret,
+    )
+    assert "8 processes" in out
+    assert "160000 ids, 0 of them double" in out
 
 
 def test_the_order_service_runs_alone_and_leaves_when_its_input_ends(tmp_path: Path) -> None:
