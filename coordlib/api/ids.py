@@ -185,9 +185,13 @@ class _IdsBase:
         """What the minter needs before it can mint again."""
         if isinstance(need, NeedsWindow):
             yield from self._await_window_gen(deadline)
-        elif monotonic_ms() < deadline:
-            yield Step.pause(need.seconds)
         else:
+            left_seconds = (deadline - monotonic_ms()) / 1000
+            if left_seconds > 0:
+                yield Step.pause(min(need.seconds, left_seconds))
+            if need.seconds <= left_seconds:
+                return
+            # Or its clock has gone back by more than anybody waits for.
             raise Overloaded(
                 f"ids {self.name!r}: more are minted than the layout {self.layout.name!r} has time for; no id was "
                 "minted. Mint less, or under several names"
