@@ -1,0 +1,146 @@
+"""Who takes part in a transaction, as commit sees them: one request or one piece of I/O for each phase, and what its
+outcome means. Branches of this process here; services elsewhere in `coordlib.txn.service`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, cast
+
+from coordlib.node.operations import Do, Failure, Outcome, Step
+from coordlib.txn.branches import (
+    AsyncBranch,
+    Branch,
+    BranchFailed,
+    BranchHeuristic,
+    DecidingBranch,
+    Finish,
+    Vote,
+)
+
+__all__ = ["Ballot", "Ending", "LocalMember", "Member", "Participant"]
+
+Participant = tuple[str, str, bytes]
+"""(resource, node, bqual), as in the decision."""
+
+
+class Ballot(NamedTuple):
+    """
+    What a member answered when it was asked to prepare, or to commit in one phase.
+
+    `error` is None if it promised (`promised` then says with what), or has ended well.
+    """
+
+    promised: tuple[Participant, ...] = ()
+    error: Exception | None = None
+    is_lost: bool = (
+        False  # with an error: it may be prepared, or committed in one phase; else it has rolled back
+    )
+
+
+class Ending(NamedTuple):
+    """
+    What a member answered when it was told the outcome.
+    """
+
+    is_done: bool  # nothing more is to be done for it
+    error: Exception | None = None
+    heuristics: tuple[tuple[bytes, Finish], ...] = ()  # its branches that had ended otherwise
+    ended: tuple[bytes, ...] = ()  # its branches that have obeyed: nobody need remember them
+
+
+class Member(Protocol):
+    """
+    One who takes part. Each phase is one thing to be done and a reading of how it ended.
+
+    Attributes:
+        is_last_resource: It cannot prepare and would have to decide.
+        expects_read_only: It is thought to have written nothing: it is asked before those that have.
+        participants: What it has promised; empty before.
+    """
+
+    @property
+    def is_last_resource(self) -> bool: ...
+
+    @property
+    def expects_read_only(self) -> bool: ...
+
+    @property
+    def is_remote(self) -> bool: ...
+
+    @property
+    def participants(self) -> tuple[Participant, ...]: ...
+
+    def prepare(self, deadline_ms: int) -> Step | Do: ...
+
+    def read_vote(self, outcome: Outcome) -> Ballot: ...
+
+    def commit_one_phase(self, deadline_ms: int) -> Step | Do: ...
+
+    def read_one_phase(self, outcome: Outcome) -> Ballot: ...
+
+    def finish(self, commit: bool, deadline_ms: int) -> Step | Do: ...
+
+    def read_ending(self, commit: bool, outcome: Outcome) -> Ending: ...
+
+
+class LocalMember:
+    """A branch in this process."""
+
+    __slots__ = ("_asynchronous", "_is_asked", "branch", "expects_read_only", "node", "participants")
+
+    is_remote = False
+
+    def __init__(self, branch: Branch, node: str, *, expects_read_only: bool = False) -> None:
+        self.branch = branch
+        self.node = node
+        self.expects_read_only = expects_read_only
+        self.participants: tuple[Participant, ...] = ()
+        self._asynchronous = branch if isinstance(branch, AsyncBranch) else None
+        self._is_asked = False  # for a promise, whatever came of it
+
+    @property
+    def is_last_resource(self) -> bool:
+        return self.branch.is_last_resource
+
+    def prepare(self, deadline_ms: int) -> Do:
+        self._is_asked = True
+        return Do(self.branch.prepare, None if self._asynchronous is None else self._asynchronous.aprepare)
+
+    def read_vote(self, outcome: Outcome) -> Ballot:
+        if isinstance(outcome, Failure):
+            return Ballot(error=outcome.error, is_lost=not isinstance(outcome.error, BranchFailed))
+        if outcome.value is Vote.READ_ONLY:
+            return Ballot()
+        self.participants = ((self.branch.resource.name, self.node, self.branch.bqual),)
+        return Ballot(self.participants)
+
+    def commit_one_phase(self, deadline_ms: int) -> Do:
+        twin = None if self._asynchronous is None else self._asynchronous.acommit_one_phase
+        return Do(self.branch.commit_one_phase, twin)
+
+    def decide(self, gtid: bytes) -> Do:
+        """Of a last resource: commit with the marker."""
+        branch = cast(DecidingBranch, self.branch)
+        return Do(lambda: branch.decide(gtid))
+
+    def read_one_phase(self, outcome: Outcome) -> Ballot:
+        if isinstance(outcome, Failure):
+            # What is neither of the two is a bug of an adapter or a lost connection: nothing may be concluded.
+            return Ballot(error=outcome.error, is_lost=not isinstance(outcome.error, BranchFailed))
+        return Ballot()
+
+    def finish(self, commit: bool, deadline_ms: int) -> Do:
+        branch, twin = self.branch, self._asynchronous
+        if commit:
+            return Do(branch.commit, None if twin is None else twin.acommit)
+        return Do(branch.rollback, None if twin is None else twin.arollback)
+
+    def read_ending(self, commit: bool, outcome: Outcome) -> Ending:
+        bqual = self.branch.bqual
+        if not isinstance(outcome, Failure):
+            return Ending(True, ended=(bqual,))
+        error = outcome.error
+        if isinstance(error, BranchHeuristic):
+            return Ending(True, error, ((bqual, error.finish),))
+        # One that was never asked for a promise has made none: with its connection the branch is gone, too.
+        return Ending(not commit and not self._is_asked, error)
