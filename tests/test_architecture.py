@@ -43,6 +43,7 @@ PURE = [
         for name in (
             "kernel",
             "client",
+            "calls",
             "session",
             "service",
             "peers",

@@ -9,9 +9,21 @@ from typing import Any, Final
 from coordlib import cbor
 from coordlib.config import Timing
 from coordlib.errors import ClusterClosed, CoordError
+from coordlib.node.calls import Calls
 from coordlib.node.effects import Effects, LogEvent
+from coordlib.node.service import Source
 from coordlib.node.session import Call, SessionClient
-from coordlib.wire.messages import LeaderInfo, Refusal, Replies, Requests, StatusQuery, StatusReply
+from coordlib.wire.messages import (
+    LeaderInfo,
+    Refusal,
+    Replies,
+    RequestKind,
+    Requests,
+    ServiceCall,
+    ServiceReply,
+    StatusQuery,
+    StatusReply,
+)
 
 __all__ = ["ClientKernel"]
 
@@ -35,6 +47,7 @@ class ClientKernel:
     ) -> None:
         self.node_id = name
         self.session = SessionClient(timing, name, random_bytes)
+        self.calls = Calls(self, lambda: self._out, random_bytes, is_member=False)
         self._wants_session = wants_session
         self._out = Effects()
         self._events: list[LogEvent] = []
@@ -72,9 +85,11 @@ class ClientKernel:
         if name == self._leader or not self._leader:
             # Nobody known to lead: any member can tell who does.
             self._follow(self._leader or name, now)
+        self.calls.link_up(name)
 
     def peer_down(self, name: str) -> None:
         self._up.pop(name, None)
+        self.calls.source_gone(name)
         if name == self.session.leader:
             self.session.leader_changed(next(iter(self._up), ""), self._now)
 
@@ -118,6 +133,8 @@ class ClientKernel:
                             "status.unreadable",
                             f"the status of {name!r} cannot be read: {error}",
                         )
+            elif isinstance(message, ServiceCall | ServiceReply):
+                self.calls.receive(name, message, now)
             elif isinstance(message, Refusal):
                 self._say(
                     logging.ERROR, "refused", f"member {name!r} refused us: {message.message}", peer=name
@@ -138,7 +155,21 @@ class ClientKernel:
             call.error = ClusterClosed("the client is closing; nothing was sent")
             self._out.completed.append(call)
             return
+        if call.kind == RequestKind.CALL:
+            self.calls.submit(call, now)
+            return
         self.session.submit(call, now)
+
+    # -- for calls between applications --------------------------------------------------------------------
+
+    def can_reach(self, source: Source) -> bool:
+        return source in self._up
+
+    def reachable_members(self) -> list[str]:
+        leader = self._leader
+        return sorted(self._up, key=lambda name: (name != leader, name))
+
+    # -- leaving -------------------------------------------------------------------------------------------
 
     def begin_close(self, now: int, deadline_ms: int) -> None:
         if not self._is_closing:
@@ -160,16 +191,20 @@ class ClientKernel:
 
     def fail(self, error: CoordError) -> Effects | None:
         self.session.fail_all(error)
+        self.calls.fail_all(error)
         self._up.clear()
+        self._out.calls = None
         return self.collect(self._now)
 
     @property
     def deadline(self) -> int:
-        return min(self.session.deadline, self._close_deadline)
+        return min(self.session.deadline, self._close_deadline, self.calls.next_ms)
 
     def tick(self, now: int, wall_ms: int, late_ms: int = 0) -> None:
         self._now = now
         self.session.tick(now)
+        if now >= self.calls.next_ms:
+            self.calls.tick(now)
 
     def collect(self, now: int) -> Effects | None:
         self._now = now
@@ -183,12 +218,13 @@ class ClientKernel:
             out.completed.extend(session.completed)
             session.completed.clear()
         if session.changes:
+            self.calls.session_changed(session.id, now)
             out.changes.extend(session.changes)
             session.changes.clear()
         if self._events:
             out.events.extend(self._events)
             self._events.clear()
-        if not (out.sends or out.completed or out.events or out.changes):
+        if not (out.sends or out.completed or out.events or out.changes or out.calls):
             return None
         self._out = Effects()
         return out
@@ -202,6 +238,7 @@ class ClientKernel:
             "connected": self.connected,
             "session": self.session.view.session_id,
             "calls_pending": self.session.pending_count,
+            "application_calls": {**self.calls.sizes, **self.calls.counters},
             "counters": dict(self.counters),
             "session_counters": dict(self.session.counters),
         }

@@ -28,10 +28,11 @@ from coordlib.errors import (
     StartError,
 )
 from coordlib.node import fork
+from coordlib.node.calls import CallHandler, check_answer
 from coordlib.node.client import ClientKernel
 from coordlib.node.clock import monotonic_ms, wall_ms
 from coordlib.node.disk import DiskAgent
-from coordlib.node.effects import Effects, LogEvent
+from coordlib.node.effects import Effects, InboundCall, LogEvent
 from coordlib.node.kernel import MemberKernel
 from coordlib.node.links import Links
 from coordlib.node.session import Call, SessionState, SessionView
@@ -41,6 +42,7 @@ from coordlib.transport.base import Lane, Transport, TransportEvent, TransportKe
 from coordlib.transport.registry import find_transport
 from coordlib.wire.channel import ChannelIdentity
 from coordlib.wire.keys import ClusterKeys
+from coordlib.wire.messages import CallStatus
 
 __all__ = ["ClientDriver", "Driver", "MemberDriver"]
 
@@ -62,6 +64,7 @@ class Driver:
 
     _read_clock: Callable[[], int] = staticmethod(monotonic_ms)
     _read_wall_clock: Callable[[], int] = staticmethod(wall_ms)
+    _call_handler: CallHandler | None = None
 
     def __init__(self, name: str, *, start_timeout_ms: int) -> None:
         self.pid = os.getpid()
@@ -136,6 +139,56 @@ class Driver:
     def add_listener(self, listener: SessionListener) -> None:
         """Called in the node thread on every change of the session's state: must not block or raise."""
         self._listeners.append(listener)
+
+    # -- calls of other applications -----------------------------------------------------------------------
+
+    def set_call_handler(self, handler: CallHandler | None) -> None:
+        """
+        Take the calls that other applications send to this one's session; None: no more, callers are told so.
+
+        Before or after the start. The handler is called in the node thread and must not block or raise. Every call
+        given to it is to be answered, by `answer`, from any thread; one that is not is lost to its caller, who
+        waits until the call's deadline. Each comes once, and only while the session lives that it was sent to.
+        """
+        self._call_handler = handler
+        self._ask_later(lambda kernel, now: kernel.calls.serve(handler is not None, now))
+
+    def answer(self, inbound: InboundCall, status: int, body: bytes) -> None:
+        """
+        Answer a call, once.
+
+        Args:
+            status: A CallStatus. OK: `body` is what the caller gets. ERROR: `body` is a CoordError as
+                `commands.encode_error` makes it, and is raised there; only where the call has had no effect and will
+                have none, if the error says so. UNREACHABLE: the call was not acted on, and will not be. UNKNOWN:
+                perhaps it was.
+            body: At most 4 MiB.
+
+        Nobody is told whether the answer arrives. It is dropped where nobody waits any more: the deadline has passed,
+        the way back is lost, or this node has stopped.
+
+        Raises:
+            UsageError: This cannot be an answer. The call can be answered yet.
+        """
+        check_answer(status, body)
+        self._ask_later(lambda kernel, now: kernel.calls.answer(inbound.number, status, body, now))
+
+    def _ask_later(self, question: Callable[[MemberKernel | ClientKernel, int], None]) -> None:
+        def run() -> None:
+            kernel = self._kernel
+            assert kernel is not None
+            question(kernel, self._read_clock())
+
+        self._questions.append(run)
+        self._wake()
+
+    def _hand_over(self, calls: list[InboundCall]) -> None:
+        handler = self._call_handler
+        for inbound in calls:
+            if handler is None:
+                self.answer(inbound, CallStatus.UNREACHABLE, b"")  # taken back a moment ago
+            else:
+                handler(inbound)
 
     # -- calls ---------------------------------------------------------------------------------------------
 
@@ -340,6 +393,8 @@ class Driver:
                     listener(view, state)
         if effects.completed:
             wake_all(effects.completed)
+        if effects.calls:
+            self._hand_over(effects.calls)
         if effects.events:
             self._log(effects.events)
 
@@ -469,7 +524,7 @@ class MemberDriver(Driver):
                 return
             for name, messages in effects.sends.items():
                 links.send(name, messages)
-            if effects.completed or effects.changes or effects.events:
+            if effects.completed or effects.changes or effects.events or effects.calls:
                 # Before the disk: none of it depends on this write, and a failing one must not swallow it.
                 self._deliver(effects)
             if effects.persist is not None:
@@ -572,7 +627,7 @@ class ClientDriver(Driver):
                 return
             for name, messages in effects.sends.items():
                 links.send(name, messages)
-            if effects.completed or effects.changes or effects.events:
+            if effects.completed or effects.changes or effects.events or effects.calls:
                 self._deliver(effects)
 
     def ask_status(self, timeout_seconds: float) -> dict[str, dict[str, Any]]:

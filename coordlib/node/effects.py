@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+from coordlib.node.service import Source
 from coordlib.node.session import Call, SessionState, SessionView
 from coordlib.raft.messages import SnapshotMeta
 from coordlib.storage.base import DiskIdentity, Persist
@@ -16,6 +17,7 @@ __all__ = [
     "Effects",
     "EndTransfer",
     "FinishSnapshot",
+    "InboundCall",
     "LogEvent",
     "SendChunk",
     "WriteSnapshot",
@@ -81,6 +83,22 @@ class LogEvent(NamedTuple):
     fields: dict[str, Any]
 
 
+class InboundCall(NamedTuple):
+    """
+    A call for this process's application, to be answered once by its `number`.
+
+    `deadline_ms` is on this node's clock: after it nobody waits for the answer, and it is dropped.
+    """
+
+    number: int  # of this process
+    source: Source  # whence it came: a member, a client's route, or "" for this very process
+    call_id: int  # of that source
+    caller: int  # session of the calling application; 0: it had none when it called
+    budget_ms: int
+    deadline_ms: int
+    body: bytes
+
+
 class Effects:
     """
     One batch of effects.
@@ -90,7 +108,9 @@ class Effects:
     may be done at any time after.
     """
 
-    __slots__ = ("changes", "client_sends", "completed", "disk", "events", "identity", "persist", "sends")
+    __slots__ = (
+        *("calls", "changes", "client_sends", "completed", "disk", "events", "identity", "persist", "sends"),
+    )
 
     def __init__(self) -> None:
         self.sends: dict[str, list[tuple[int, Any]]] = {}
@@ -101,3 +121,4 @@ class Effects:
         self.completed: list[Call] = []
         self.changes: list[tuple[SessionView, SessionState]] = []
         self.events: list[LogEvent] = []
+        self.calls: list[InboundCall] | None = None  # for this process's application

@@ -23,6 +23,7 @@ from coordlib.errors import ClusterClosed, CoordError, StartError, StorageCorrup
 from coordlib.machine import Machine, commands
 from coordlib.machine.effects import MembersChanged
 from coordlib.machine.limits import Limits
+from coordlib.node.calls import Calls
 from coordlib.node.effects import OWN, CompactLog, Effects, LogEvent
 from coordlib.node.peers import Peers
 from coordlib.node.service import RequestService, Source
@@ -49,6 +50,9 @@ from coordlib.wire.messages import (
     Reply,
     RequestKind,
     Requests,
+    ServiceCall,
+    ServiceReply,
+    Serving,
     SnapshotAck,
     SnapshotChunk,
     StatusQuery,
@@ -105,6 +109,7 @@ class MemberKernel:
             events=self._events,
         )
         self.session = SessionClient(timing, node_id, random_bytes)
+        self.calls = Calls(self, lambda: self._out, random_bytes, is_member=True)
         self.wire_status: Callable[[], dict[str, Any]] = dict  # counters and problems of what is below
         self.raft: RawNode | None = None
         self.service: RequestService | None = None
@@ -238,9 +243,12 @@ class MemberKernel:
             self.raft.report_reachable(name)
             if name == self.session.leader:
                 self.session.leader_changed(name, now)
+        if peer.is_trusted:
+            self.calls.link_up(name)
 
     def peer_down(self, name: str) -> None:
         self.peers.known[name].is_up = False
+        self.calls.link_down(name)
         if self.raft is not None:
             self.raft.report_unreachable(name)
             assert self._senders is not None
@@ -254,6 +262,7 @@ class MemberKernel:
             peer.announce = None
             peer.is_trusted = False
             peer.status = None
+            self.calls.source_gone(name)
             if self.service is not None:
                 self.service.source_gone(name)
 
@@ -290,6 +299,8 @@ class MemberKernel:
         elif result is not None:
             self._send(name, result)
         peer = self.peers.known[name]
+        if peer.is_trusted and peer.is_up and not is_repeated:
+            self.calls.link_up(name)
         # One that seems to be behind may only have announced itself before its last acknowledgement, which came first.
         # It is told what is remembered of it, and says so (below).
         if self.is_formed and not is_repeated and (message.wants_answer or peer.is_behind):
@@ -355,16 +366,25 @@ class MemberKernel:
         if self._senders is not None:
             self._senders.acknowledged(name, message, now)
 
+    def _on_call_message(self, name: str, message: Serving | ServiceCall | ServiceReply, now: int) -> None:
+        if self.raft is None or not self.peers.known[name].is_trusted:
+            self.counters["untrusted_messages"] += 1
+            return
+        self.calls.receive(name, message, now)
+
     # -- input from clients --------------------------------------------------------------------------------
 
     def client_attached(self, route: bytes, name: str) -> None:
         if len(self._clients) >= CLIENTS_MAX:
-            self._clients.pop(next(iter(self._clients)))
+            oldest = next(iter(self._clients))
+            del self._clients[oldest]
+            self.calls.source_gone(oldest)
         self._clients[route] = name
         self._send_client(route, self._leader_info())
 
     def client_gone(self, route: bytes) -> None:
         self._clients.pop(route, None)
+        self.calls.source_gone(route)
         if self.service is not None:
             self.service.source_gone(route)
 
@@ -380,6 +400,8 @@ class MemberKernel:
                     )
             elif isinstance(message, StatusQuery):
                 self._send_client(route, StatusReply(message.request_id, cbor.encode(self.status(now))))
+            elif isinstance(message, Serving | ServiceCall | ServiceReply):
+                self.calls.receive(route, message, now)
             else:
                 self.counters["untrusted_messages"] += 1
 
@@ -406,7 +428,23 @@ class MemberKernel:
                 call.error = commands.error_reply(reply)
             self._out.completed.append(call)
             return
+        if call.kind == RequestKind.CALL:
+            self.calls.submit(call, now)
+            return
         self.session.submit(call, now)
+
+    # -- for calls between applications --------------------------------------------------------------------
+
+    def can_reach(self, source: Source) -> bool:
+        if isinstance(source, bytes):
+            return source in self._clients
+        peer = self.peers.known.get(source)
+        return peer is not None and peer.is_up and peer.is_trusted
+
+    def reachable_members(self) -> list[str]:
+        return [name for name in self.peers.known if self.can_reach(name)]
+
+    # -- leaving -------------------------------------------------------------------------------------------
 
     def begin_close(self, now: int, deadline_ms: int) -> None:
         """Leave in good order: close the session, so that its locks are free, and hand over the leadership."""
@@ -441,6 +479,7 @@ class MemberKernel:
     def fail(self, error: CoordError) -> Effects | None:
         """The node stops for good: everything that waits ends. Only these last effects are to be carried out."""
         self.session.fail_all(error)
+        self.calls.fail_all(error)
         last = Effects()
         last.completed, last.changes = self._out.completed, self._out.changes
         self._out = last
@@ -451,7 +490,7 @@ class MemberKernel:
     @property
     def deadline(self) -> int:
         """When `tick` must be called at the latest."""
-        deadline = min(self._next_status, self.session.deadline, self._close_deadline)
+        deadline = min(self._next_status, self.session.deadline, self._close_deadline, self.calls.next_ms)
         raft = self.raft
         if raft is not None:
             assert self.service is not None and self._taker is not None and self._senders is not None
@@ -478,6 +517,8 @@ class MemberKernel:
                 raft.tick(now)
             self.service.tick(now)
         self.session.tick(now)
+        if now >= self.calls.next_ms:
+            self.calls.tick(now)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_MS
             self._status_round(now)
@@ -611,6 +652,7 @@ class MemberKernel:
             out.completed.extend(session.completed)
             session.completed.clear()
         if session.changes:
+            self.calls.session_changed(session.id, self._now)
             out.changes.extend(session.changes)
             session.changes.clear()
         if self._events:
@@ -625,6 +667,7 @@ class MemberKernel:
             or out.events
             or out.changes
             or out.identity
+            or out.calls
         ):
             return None
         self._out = Effects()
@@ -791,6 +834,7 @@ class MemberKernel:
             "clients": len(self._clients),
             "calls_pending": self.session.pending_count,
             "session": self.session.view.session_id,
+            "application_calls": {**self.calls.sizes, **self.calls.counters},
         }
         if raft is None or service is None:
             return status
@@ -867,4 +911,7 @@ _NODE_HANDLERS: dict[type, Callable[[MemberKernel, str, Any, int], None]] = {
     MemberStatus: MemberKernel._on_member_status,
     SnapshotChunk: MemberKernel._on_snapshot_chunk,
     SnapshotAck: MemberKernel._on_snapshot_ack,
+    Serving: MemberKernel._on_call_message,
+    ServiceCall: MemberKernel._on_call_message,
+    ServiceReply: MemberKernel._on_call_message,
 }

@@ -250,6 +250,12 @@ class SessionClient:
             self._queue.append(call)
 
     @property
+    def id(self) -> int:
+        """Of the session that lives; 0: there is none, as far as is known here."""
+        view = self.view
+        return view.session_id if view.state in (SessionState.CONNECTED, SessionState.SUSPENDED) else 0
+
+    @property
     def pending_count(self) -> int:
         return len(self._pending)
 

@@ -21,8 +21,9 @@ from typing import Any, Final, Self, cast
 from coordlib.api.cluster import AsyncCluster, Cluster
 from coordlib.config import Timing
 from coordlib.errors import ClusterClosed, ConfigError, UsageError
+from coordlib.node.calls import CallHandler
 from coordlib.node.driver import Driver, SessionListener
-from coordlib.node.effects import Effects
+from coordlib.node.effects import Effects, InboundCall
 from coordlib.node.session import Call, SessionView
 from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.testing.simulation.choices import Choices
@@ -194,6 +195,24 @@ class _Life:
             return
         call.error = ClusterClosed("the node has stopped; nothing was sent")
         wake_all([call])
+
+    def set_call_handler(self, handler: CallHandler | None) -> None:
+        if handler is None:
+            self._process.set_call_handler(None)
+            return
+        scheduler = self._scheduler
+
+        def visited(inbound: InboundCall) -> None:
+            before, scheduler.visiting = scheduler.visiting, self
+            try:
+                handler(inbound)
+            finally:
+                scheduler.visiting = before
+
+        self._process.set_call_handler(visited)
+
+    def answer(self, inbound: InboundCall, status: int, body: bytes) -> None:
+        self._process.answer(inbound, status, body)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
         watch = self._watches.get(loop)

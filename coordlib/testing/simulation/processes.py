@@ -447,6 +447,9 @@ class SimulatedProcess(Driver):
                 call.operation.resume(call)
         if self.guest is not None:
             self.guest.deliver(effects)
+        if effects.calls:
+            with self.reading_clock():
+                self._hand_over(effects.calls)
 
     def pause(self) -> None:
         """As SIGSTOP: nothing runs, what arrives is kept."""
