@@ -15,7 +15,8 @@ What is *not* here: what is in a body, what the called application does, sending
 knows whether that does harm), connections.
 
 Invariant: an application gets a call at most once, and only for the session that it has at that moment.
-Invariant: "unreachable" is said only of a call that no application got or will get.
+Invariant: "unreachable" is said only of a call that no application got or will get. A connection that is lost
+says nothing: what was sent on it may arrive.
 """
 
 from __future__ import annotations
@@ -346,6 +347,10 @@ class Calls:
             self._try_ways(pending, now)
         else:
             self._lost(call)
+
+    def not_sent(self, source: Source, call_id: int, now: int) -> None:
+        """A ServiceCall to a source never left this process."""
+        self._replied(source, ServiceReply(call_id, CallStatus.UNREACHABLE, b""), now)
 
     # -- connections ---------------------------------------------------------------------------------------
 

@@ -382,8 +382,12 @@ class MemberKernel:
         self._clients[route] = name
         self._send_client(route, self._leader_info())
 
-    def client_gone(self, route: bytes) -> None:
+    def client_gone(self, route: bytes, unsent: Sequence[tuple[int, Any]] = ()) -> None:
+        """A client does not take what it is sent; of `unsent`, nothing has left."""
         self._clients.pop(route, None)
+        for _, message in unsent:
+            if type(message) is ServiceCall:
+                self.calls.not_sent(route, message.call_id, self._now)
         self.calls.source_gone(route)
         if self.service is not None:
             self.service.source_gone(route)

@@ -415,7 +415,7 @@ class Links:
         self._count("clients_dropped")
         self._responder.drop(route)
         self._attached.discard(route)
-        kernel.client_gone(route)
+        kernel.client_gone(route, messages)
         return False
 
     def wipe(self) -> None:

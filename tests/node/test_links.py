@@ -55,6 +55,7 @@ class Ears:
     def __init__(self) -> None:
         self.heard: list[tuple[Any, Any]] = []
         self.calls: list[tuple[str, Any]] = []
+        self.unsent: list[tuple[int, Any]] = []
 
     def peer_messages(self, name: str, messages: Any, now: int) -> None:
         self.heard += [(name, message) for _, message in messages]
@@ -74,7 +75,8 @@ class Ears:
     def client_attached(self, route: bytes, name: str) -> None:
         self.calls.append(("attached", name))
 
-    def client_gone(self, route: bytes) -> None:
+    def client_gone(self, route: bytes, unsent: Any) -> None:
+        self.unsent += unsent
         self.calls.append(("gone", route))
 
 
@@ -232,6 +234,7 @@ def test_a_client_that_does_not_read_is_forgotten(bench: Bench) -> None:
     bench.wires.is_full = True
     assert not bench.links.reply(b"r1", [(0, StatusQuery(1))], bench.kernel)
     assert bench.ears.calls[-1] == ("gone", b"r1")
+    assert bench.ears.unsent == [(0, StatusQuery(1))]
     assert not bench.links.reply(b"never seen", [(0, StatusQuery(1))], bench.kernel)
 
 
@@ -296,6 +299,22 @@ def test_a_connection_that_comes_up_anew_without_a_word_of_its_loss_starts_over(
     bench.receive(ConnectionUp(1))
     assert bench.ears.calls == [("up", "n2"), ("down", "n2")]
     assert not bench.links.send("n2", [(0, StatusQuery(1))])
+
+
+def test_what_did_leave_before_a_client_was_given_up_is_not_called_unsent(bench: Bench) -> None:
+    """Of messages that leave in several frames, those of the first may arrive."""
+    bench.arrive(b"r1", bench.greet(b"r1", identity("c", is_member=False)).seal(QUERY))
+    take = bench.wires.reply
+
+    def reply(route: bytes, frame: bytes) -> bool:
+        is_taken = take(route, frame)
+        bench.wires.is_full = True
+        return is_taken
+
+    bench.wires.reply = reply  # type: ignore[method-assign]  # full after one more frame
+    assert not bench.links.reply(b"r1", MANY, bench.kernel)
+    assert 0 < len(bench.ears.unsent) < len(MANY)
+    assert bench.ears.unsent == MANY[-len(bench.ears.unsent) :]
 
 
 TOO_LARGE = StatusReply(1, bytes(BATCH_BYTES_MAX + 1))
