@@ -46,8 +46,8 @@ MUTANTS = (
         (
             replace(
                 _LINKS + "_receive_on_route",
-                "elif self._incarnations.get(peer.node) != peer.incarnation:",
-                "elif self._incarnations.get(peer.node) != peer.incarnation and not _mutant_hit():",
+                "elif newest != peer.incarnation:",
+                "elif newest != peer.incarnation and not _mutant_hit():",
             ),
         ),
         tests=("tests/node/test_links.py",),
