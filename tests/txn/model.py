@@ -135,6 +135,8 @@ class ModelBranch:
         pick = self.world.choices.choose(3)
         if pick != 1:
             self.obey(commit)
+        elif self.state == "active":
+            self.state = "rolled back"  # with its connection
         if pick:
             raise ConnectionError("lost while it was told the outcome")
 
