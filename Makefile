@@ -18,6 +18,7 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 bench: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(PY) benchmarks/run.py
 
 # SEEDS: how many, or from-to; TWICE: so many of them again in other processes, to compare their traces.

@@ -22,6 +22,7 @@ from typing import Any, Final
 # So that it also runs as a file, from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import minting
 from benchmarks.figures import Line, Report, median, quantile, quantiles
 from benchmarks.floor import Floor, measure_floor
 from benchmarks.processes import Application, Fleet
@@ -318,6 +319,12 @@ class Bench:
             more = {"quiet_p50_us": round(quiet, 1)}
             self._latency(f"gil{suffix}", samples[f"burning{suffix}"], to=quiet, **more)
 
+    # -- ids -----------------------------------------------------------------------------------------------
+
+    def ids_mint(self) -> None:
+        """ids_mint, ids_mint_many, ids_cap: what a cluster's id costs this process, beside what others make in one"""
+        minting.measure(self.report, scale=self.count(10, 1))
+
 
 PARTS: Final[dict[str, tuple[str, ...]]] = {
     "sequential": (
@@ -336,6 +343,7 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
     "isolation_process": ("isolation_process_client",),
     "gil": ("gil_client",),
     "rss": (),
+    "ids_mint": ("ids_mint_many", "ids_cap"),
 }
 """What is measured together, and the lines it gives beside the one of its own name."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import minting
 from benchmarks.figures import Line, Report, median, quantile
 from benchmarks.load import check_notes
 from benchmarks.run import PARTS, _chosen
@@ -87,3 +88,16 @@ def test_quantiles_are_samples() -> None:
     """No interpolation: a quantile is a time that was measured."""
     assert (quantile([5, 1, 3], 0.5), quantile([5, 1, 3], 0.99)) == (3, 5)
     assert median([1, 3]) == 2.0
+
+
+def test_minting_is_measured_with_and_without_the_other_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three lines; what is not installed is not compared with, and everything else is."""
+    report = Report()
+    minting.measure(report, scale=1)
+    figures = {line.name: line.figures for line in report.lines}
+    assert set(figures) == {"ids_mint", "ids_mint_many", "ids_cap"} == {"ids_mint", *PARTS["ids_mint"]}
+    assert {"mint_ns", "nothing_ns", "uuid4_ns"} <= set(figures["ids_mint"])
+    assert figures["ids_mint_many"]["limit"] == "<= 1.3x"
+    assert figures["ids_cap"]["per_s"] > 0
+    assert figures["ids_cap"]["waits"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
