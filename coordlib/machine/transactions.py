@@ -402,7 +402,8 @@ class Transactions:
                 break
             mint_ms = _mint_ms(finished[0])
             is_due = now_ms > mint_ms + limits.tx_lifetime_ms + limits.tx_retention_ms
-            if not is_due and len(finished) + len(self._pending) <= limits.tx_outcomes_max:
+            # Those that are pending have a limit of their own: many of them must not bring the horizon up to now.
+            if not is_due and len(finished) <= limits.tx_outcomes_max:
                 break
             self.horizon_ms = max(self.horizon_ms, mint_ms + 1)
             self.outcomes.delete(heappop(finished))
