@@ -378,7 +378,7 @@ class Minter:
                 self._stop(
                     lambda: ClusterClosed("this generator of ids was closed with its cluster: make a new one")
                 )
-            return max(self._from_unit, self._used_units())
+            return self._used_units()
 
     def retire_in_child(self) -> None:
         """Stop for good in a forked child, where it is called after every fork. The parent goes on."""
@@ -547,7 +547,7 @@ class Minter:
     def _obstacle(self, unit: int, now: int) -> Exception | None:
         """Why an id of `unit` must not be minted now."""
         until = self._until_unit
-        if unit >= until or now >= until:
+        if unit >= until:
             if until == self.layout.units_max:
                 return IdOverflow(
                     f"the layout {self.layout.name!r} has no units of time left: it ends at {self.layout.expires_at}. "

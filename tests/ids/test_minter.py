@@ -416,6 +416,21 @@ def test_id_time_follows_what_comes_with_an_extension() -> None:
     assert minter.info().now_unit == 1000  # never before the window
 
 
+@both_paths
+def test_setting_the_time_wastes_no_id(locked: bool) -> None:
+    """What is left of a chunk goes on, be it after an extension, a failed renewal or another window of the worker."""
+    minter = Minter(DEFAULT, clock_ns=Clock(), lock_every_call=locked)
+    minter.install(1, 1000, 2000, 1000)
+    ids = [minter.mint()]
+    minter.extend(3000, 1000)
+    ids.append(minter.mint())
+    minter.rearm_renewal()
+    ids.append(minter.mint())
+    minter.install(1, 1000, 4000, 1000)
+    ids.append(minter.mint())
+    assert ids == [ids[0] + 1024 * n for n in range(4)]
+
+
 def test_a_window_never_gets_shorter() -> None:
     """An old answer that comes late takes nothing back."""
     minter = Minter(DEFAULT, clock_ns=Clock())

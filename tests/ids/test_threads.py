@@ -184,6 +184,30 @@ def test_a_switch_at_any_bytecode_repeats_no_id(
 
 
 @both_paths
+def test_ids_are_taken_under_the_lock_where_the_interpreter_has_none(locked: bool) -> None:
+    """Nobody else gets at the chunk in between; elsewhere no lock is taken for an id of a chunk."""
+    could: list[bool] = []
+
+    def look() -> None:
+        could.append(minter._lock.acquire(blocking=False))
+        if could[-1]:
+            minter._lock.release()
+
+    def pace() -> int:
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        return 0
+
+    minter = Minter(DEFAULT, clock_ns=Clock(), pace_ns=pace, lock_every_call=locked)
+    minter.install(1, 1000, 2000, 1000)
+    minter.mint()
+    could.clear()
+    minter.mint()
+    assert could == [not locked]
+
+
+@both_paths
 def test_a_caller_that_interrupts_a_refill_is_refused_instead_of_hanging(locked: bool) -> None:
     """A signal handler or a finaliser that mints while the same thread does: the outer one has its id."""
     caught: list[UsageError] = []
