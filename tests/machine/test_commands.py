@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from coordlib.errors import (
 )
 from coordlib.machine import Limits, StaleRequest, UnknownCommand, commands
 from coordlib.machine.commands import OpCode, QueryCode
+from coordlib.machine.snapshots import Block
 
 NONCE = bytes(range(16))
 LAYOUT = (41, 12, 10, 1, 0, 1)
@@ -136,6 +138,13 @@ def test_numbers_of_operations_are_what_old_logs_hold() -> None:
         "SERVICE_REGISTER": 72,
         "SERVICE_UNREGISTER": 73,
     }
+
+
+def test_every_number_is_in_the_document() -> None:
+    """docs/formats-machine.md is complete: operations, and blocks of snapshots."""
+    text = (Path(__file__).parents[2] / "docs" / "formats-machine.md").read_text()
+    for code in (*OpCode, *Block):
+        assert f"\n| {code.value} | {code.name} |" in text
 
 
 def test_entry_header_is_thirty_three_bytes() -> None:
