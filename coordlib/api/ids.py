@@ -331,7 +331,8 @@ class _IdsBase:
 
     def _renew_gen(self, lease: _Lease, window_ms: int, reached_unit: int | None = None) -> OpGen[None]:
         reached = lease.until_unit if reached_unit is None else reached_unit
-        for wanted_ms in (window_ms, WINDOW_MS_MAX):
+        wanted_ms = window_ms
+        for _ in range(2):
             body = commands.ids_renew(self._generator_name, lease.worker, lease.number, wanted_ms)
             reply = yield Step(RequestKind.COMMAND, body, FOREVER_MS)
             until_unit, now_unit = commands.decode_reply(reply)
@@ -342,7 +343,9 @@ class _IdsBase:
             self._minter.extend(until_unit, now_unit)
             if until_unit > reached or until_unit >= self.layout.units_max:
                 return
-            # log_time has fallen behind the time of ids by a whole window, as it may when leaders change often.
+            # log_time has fallen behind the time of ids by a whole window, as it may when leaders change often. Not more
+            # than is needed: for so long nobody else has the worker, should this process be killed.
+            wanted_ms = min(window_ms + (reached - now_unit) * self.layout.unit_ms, WINDOW_MS_MAX)
         raise IdLeaseExpired(
             f"ids {self.name!r} of this process are ahead of the cluster's time by more than {WINDOW_MS_MAX} ms, the longest "
             "window; no id was minted. Wait, or mint elsewhere",
