@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import length_hint
-from typing import Final, Literal, TypeVar, overload
+from typing import Final, Literal, TypeVar, TypeVarTuple, Unpack, overload
 
 from coordlib.errors import ClusterClosed, CoordError, ForkedError, IdOverflow, UsageError
 from coordlib.ids.layout import Layout
@@ -47,7 +47,11 @@ _RENEW_AFTER: Final = 4
 # An answer about the time is as old as its way here: what is within this part of `max_ahead_ms` is no difference.
 _LAG: Final = 4
 
+# The chunk of those that have none: used up, for ever, and so everybody's.
+_NONE: Final[Iterator[int]] = iter(range(0))
+
 _T = TypeVar("_T")
+_Arguments = TypeVarTuple("_Arguments")
 
 # A lease must run out while the machine is suspended, too. A partial, because a function of ours costs twice as much.
 local_clock_ns: Final[Callable[[], int]] = functools.partial(
@@ -163,7 +167,7 @@ _Publish = Callable[[Iterator[int], int], None]
 def _free_path(minter: Minter) -> tuple[Callable[[], int], _Publish]:
     """The way of an id where a step in C is one step for all threads."""
     pace_ns, refill = minter._pace_ns, minter._refill
-    chunk: Iterator[int] = iter(range(0))
+    chunk = _NONE
     deadline_ns = _LONG_AGO
 
     def mint() -> int:
@@ -188,7 +192,7 @@ def _free_path(minter: Minter) -> tuple[Callable[[], int], _Publish]:
 def _locked_path(minter: Minter) -> tuple[Callable[[], int], _Publish]:
     """The way of an id where threads run at the same time."""
     pace_ns, refill = minter._pace_ns, minter._refill
-    chunk: Iterator[int] = iter(range(0))
+    chunk = _NONE
     deadline_ns = _LONG_AGO
 
     def mint() -> int:
@@ -269,8 +273,10 @@ class Minter:
         self._on_exhausted = on_exhausted
         self._on_renewal_due = on_renewal_due
         self._unit_ns = layout.unit_ms * 1_000_000
+        self._bits = layout.sequence_bits
         self._borrows = layout.on_overflow == "borrow"
         self._ahead_max = max_ahead_ms // layout.unit_ms if self._borrows else 0
+        self._block_max = max(1, self._ahead_max) << self._bits
 
         # Reentrant so that being re-entered can be told from being waited for: see _guarded.
         self._lock = threading.RLock()
@@ -287,7 +293,7 @@ class Minter:
         # Invariant: ticks from _high on were never reserved. What is left of _chunk ends at _high and is of
         # _chunk_unit; everything else below _high is used or will never be.
         self._high = 0
-        self._chunk: Iterator[int] = iter(range(0))
+        self._chunk = _NONE
         self._chunk_unit = 0
         self._borrowed = self._regressions = self._waits = 0
 
@@ -312,7 +318,7 @@ class Minter:
             raise UsageError(
                 f"worker {worker}, units {from_unit} to {until_unit}: no window of the layout {layout.name!r}"
             )
-        self._guarded(lambda: self._install(worker, from_unit, min(until_unit, layout.units_max), now_unit))
+        self._guarded(self._install, worker, from_unit, min(until_unit, layout.units_max), now_unit)
 
     def _install(self, worker: int, from_unit: int, until_unit: int, now_unit: int) -> None:
         if self._stopped is not None:
@@ -320,8 +326,8 @@ class Minter:
         self._reclaim()
         if worker != self._worker:
             # Within a unit a smaller worker's ids may be smaller, so it begins with the next.
-            self._high = self._used_units() << self.layout.sequence_bits
-        self._high = max(self._high, from_unit << self.layout.sequence_bits)
+            self._high = self._used_units() << self._bits
+        self._high = max(self._high, from_unit << self._bits)
         self._worker = worker
         self._from_unit, self._until_unit = from_unit, until_unit
         self._set_time(max(now_unit, from_unit), self._clock_ns())
@@ -336,7 +342,7 @@ class Minter:
         Raises:
             UsageError: There is no window.
         """
-        self._guarded(lambda: self._extend(until_unit, now_unit))
+        self._guarded(self._extend, until_unit, now_unit)
 
     def _extend(self, until_unit: int, now_unit: int) -> None:
         if self._stopped is not None:
@@ -355,7 +361,7 @@ class Minter:
 
     def rearm_renewal(self, after_ms: int = 0) -> None:
         """Have `on_renewal_due` called again, by the first mint from `after_ms` on: the renewal has failed."""
-        self._guarded(lambda: self._rearm(after_ms // self.layout.unit_ms))
+        self._guarded(self._rearm, after_ms // self.layout.unit_ms)
 
     def _rearm(self, after_units: int) -> None:
         if self._stopped is None and self._worker is not None:
@@ -415,7 +421,7 @@ class Minter:
     @property
     def block_max(self) -> int:
         """The most ids of one `mint_many()`: as many as the layout has in `max_ahead_ms`, or in a unit if it waits."""
-        return max(1, self._ahead_max) << self.layout.sequence_bits
+        return self._block_max
 
     def mint_many(self, count: int) -> Sequence[int]:
         """
@@ -427,13 +433,13 @@ class Minter:
             UsageError: `count` is negative or above `block_max`; and as for `mint`.
             NeedsWindow, NeedsWait, IdOverflow, ClusterClosed, ForkedError: As for `mint`.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= self.block_max:
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= self._block_max:
             raise UsageError(
-                f"mint_many() gives 0 to {self.block_max} ids of the layout {self.layout.name!r} at once; "
+                f"mint_many() gives 0 to {self._block_max} ids of the layout {self.layout.name!r} at once; "
                 f"got {count!r}: ask several times"
             )
         while True:
-            outcome = self._guarded(lambda: self._take_block(count))
+            outcome = self._guarded(self._take_block, count)
             if not isinstance(outcome, Exception):
                 return outcome
             self._help(outcome)
@@ -449,7 +455,7 @@ class Minter:
             raise need
         self._on_exhausted(need)
 
-    def _guarded(self, step: Callable[[], _T]) -> _T:
+    def _guarded(self, step: Callable[[Unpack[_Arguments]], _T], *arguments: *_Arguments) -> _T:
         with self._lock:
             # A lock that is not reentrant would never let such a caller go on, nor the one it has interrupted.
             if self._inside:
@@ -459,24 +465,28 @@ class Minter:
                 )
             self._inside = True
             try:
-                outcome = step()
+                outcome = step(*arguments)
             finally:
                 self._inside = False
-            due, self._renewal_due = self._renewal_due, False
-        if due and self._on_renewal_due is not None:
+            if not self._renewal_due:
+                return outcome
+            self._renewal_due = False
+        if self._on_renewal_due is not None:
             self._on_renewal_due()
         return outcome
 
     def _next_chunk(self) -> Exception | None:
+        # The pace before the clock: a pause between the two then makes the chunk old too early, never too late.
+        self._latest_pace_ns = self._pace_ns()
         now = self._now()
         if isinstance(now, Exception):
             return now
-        bits = self.layout.sequence_bits
         if self._chunk_unit >= now and length_hint(self._chunk):
             # Another thread was here, or the time has been set.
             self._publish(self._chunk, self._deadline_ns())
             return None
-        self._empty()
+        self._drop()
+        bits = self._bits
         first = max(self._high, now << bits)
         unit = first >> bits
         obstacle = self._obstacle(unit, now)
@@ -501,27 +511,32 @@ class Minter:
         now = self._now()
         if isinstance(now, Exception):
             return now
-        bits = self.layout.sequence_bits
-        if self._chunk_unit >= now:
-            self._reclaim()
-        else:
-            self._empty()
-        first = max(self._high, now << bits)
+        # With few calls: this is to cost little beside the list of a thousand ids.
+        if self._chunk is not _NONE:
+            if self._chunk_unit >= now:
+                self._reclaim()
+            else:
+                self._drop()
+        bits = self._bits
+        first = now << bits
+        if first < self._high:
+            first = self._high
         if not self._borrows and (first & ((1 << bits) - 1)) + count > 1 << bits:
             first = ((first >> bits) + 1) << bits
         end = first + count
-        obstacle = self._obstacle((max(first, end - 1)) >> bits, now)
-        if obstacle is not None:
-            return obstacle
+        last = (end - 1 if count else first) >> bits
+        if last > now or last >= self._until_unit:
+            obstacle = self._obstacle(last, now)
+            if obstacle is not None:
+                return obstacle
         self._reserve(first, end, now)
-        assert self._worker is not None
-        if self.layout.worker_is_lowest:
-            shift = self.layout.worker_bits
-            block: Sequence[int] = range(
-                first << shift | self._worker, end << shift | self._worker, 1 << shift
-            )
+        layout, worker = self.layout, self._worker
+        assert worker is not None
+        if layout.worker_is_lowest:
+            shift = layout.worker_bits
+            block: Sequence[int] = range(first << shift | worker, end << shift | worker, 1 << shift)
         else:
-            block = IdBlock(range(first, end), bits, self.layout.worker_bits, self._worker)
+            block = IdBlock(range(first, end), bits, layout.worker_bits, worker)
         return block if self._stopped is None else self._stopped()
 
     # -- bookkeeping, always under the lock ------------------------------------------------------------------
@@ -532,13 +547,11 @@ class Minter:
             return self._stopped()
         if self._worker is None:
             return NeedsWindow("none")
-        # The pace first: a pause between the two then makes the chunk old too early, never too late.
-        self._latest_pace_ns = self._pace_ns()
         clock_ns = self._clock_ns()
         if clock_ns < self._latest_ns:
             self._regressions += 1
         self._latest_ns = clock_ns
-        now = self._unit_at(clock_ns)
+        now = self._base_unit + (clock_ns - self._base_ns) // self._unit_ns
         if self._renew_at_unit is not None and now >= self._renew_at_unit:
             self._renew_at_unit = None
             self._renewal_due = True
@@ -560,22 +573,23 @@ class Minter:
         return None
 
     def _reserve(self, first: int, end: int, now: int) -> None:
-        bits = self.layout.sequence_bits
-        begun = max(now, (first - 1) >> bits)
-        self._borrowed += max(0, ((end - 1) >> bits) - begun)
+        last = (end - 1) >> self._bits
+        if last > now:
+            self._borrowed += max(0, last - max(now, (first - 1) >> self._bits))
         self._high = end
 
     def _reclaim(self) -> None:
         """Take back what is left of the chunk. One step in C, or under the lock: nobody takes from it meanwhile."""
         self._high -= len(list(self._chunk))
-        self._empty()
+        self._drop()
 
-    def _empty(self) -> None:
-        self._chunk = iter(range(0))
-        self._publish(self._chunk, _LONG_AGO)
+    def _drop(self) -> None:
+        """Let the chunk go. Published first: what is not _NONE here is dropped by the next, if this is interrupted."""
+        self._publish(_NONE, _LONG_AGO)
+        self._chunk = _NONE
 
     def _used_units(self) -> int:
-        return -(-self._high >> self.layout.sequence_bits)
+        return -(-self._high >> self._bits)
 
     def _unit_at(self, clock_ns: int) -> int:
         return self._base_unit + (clock_ns - self._base_ns) // self._unit_ns

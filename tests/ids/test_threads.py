@@ -273,18 +273,19 @@ class InterruptAt:
         return self
 
 
-def test_an_interrupt_in_the_middle_of_a_mint_loses_ids_at_most(small_chunks: None) -> None:
+@pytest.mark.parametrize("call", ["mint", "many"])
+def test_an_interrupt_in_the_middle_of_a_mint_loses_ids_at_most(call: str, small_chunks: None) -> None:
     """KeyboardInterrupt wherever a signal can raise it: the next mint goes on, above all before."""
     interrupted = 0
     for nth in count(1):
         minter = Minter(DEFAULT, clock_ns=Clock())
         minter.install(1, 1000, 9000, 1000)
-        ids = [minter.mint() for _ in range(CHUNK)]
+        ids = [minter.mint() for _ in range(CHUNK if call == "mint" else 2)]
         trace = InterruptAt(nth)
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            ids.append(minter.mint())
+            ids += [minter.mint()] if call == "mint" else minter.mint_many(3)
         except KeyboardInterrupt:
             interrupted += 1
         finally:
