@@ -148,6 +148,37 @@ def test_tasks_wait_for_a_window_while_others_go_on() -> None:
     assert 10 <= turns <= 20
 
 
+def test_a_close_without_a_quorum_ends_all_the_same() -> None:
+    """What cannot be given back lapses; whoever waits for a window at that time is told that it is closed."""
+
+    def work(cluster: coordlib.Cluster) -> tuple[float, list[str]]:
+        cluster.ids("held").mint()
+        simulation.isolate("n1")
+        told: list[str] = []
+
+        def mint() -> None:
+            try:
+                cluster.ids("wanted").mint()
+            except coordlib.CoordError as error:
+                told.append(error.code)
+
+        waiting = threading.Thread(target=mint)
+        waiting.start()
+        time.sleep(0.5)
+        began = time.monotonic()
+        cluster.close(timeout=3)
+        took = time.monotonic() - began
+        waiting.join()
+        return took, told
+
+    with Simulation(8) as simulation:
+        application = simulation.start("n1", work)
+        simulation.run_until(lambda: application.is_done, seconds=60)
+    took, told = application.result
+    assert took < 3.5
+    assert told == ["closed"]
+
+
 def test_who_mints_nothing_keeps_no_worker_and_begins_anew() -> None:
     """The window lapses, costing nothing; the next id is of a new one, and larger."""
 
@@ -241,14 +272,14 @@ def test_no_id_comes_twice_whatever_happens(seed: int) -> None:
             minted.extend(block)
             time.sleep(0.1)
 
-    with Simulation(seed, faults="all", fault_seconds=60, request_timeout=2) as simulation:
+    with Simulation(seed, faults="all", fault_seconds=30, request_timeout=2) as simulation:
         for name in ("n1", "n2", "a", "b"):
             simulation.start(name, work, restart_on=(coordlib.CoordError,))
-        simulation.run(seconds=70)
+        simulation.run(seconds=35)
         simulation.heal()
         before = len(minted)
-        simulation.run(seconds=20)
-    assert len(minted) > before > 500
+        simulation.run(seconds=15)
+    assert len(minted) > before > 200
     assert len(set(minted)) == len(minted)
 
 
