@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import random
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
+import coordlib
 from coordlib import cbor
 from coordlib.errors import (
     CallLost,
@@ -23,8 +26,11 @@ from coordlib.errors import (
 from coordlib.machine import commands
 from coordlib.node import calls as module
 from coordlib.node.calls import Calls, check_answer
+from coordlib.node.clock import monotonic_ms
 from coordlib.node.effects import Effects, InboundCall
+from coordlib.node.operations import Step, run
 from coordlib.node.session import BODY_SIZE_BYTES_MAX, Call
+from coordlib.testing import Simulation
 from coordlib.testing.simulation.processes import ClientProcess, MemberProcess, Process
 from coordlib.testing.simulation.surroundings import NetworkProfile
 from coordlib.testing.simulation.world import World
@@ -528,15 +534,16 @@ class Village:
         return self.world.processes[name].kernel.session.id
 
     def settle(self) -> bool:
-        """Everybody has a session, and knows the ways of all others that it is connected to."""
+        """Everybody has a session, and every member knows the way to all that are connected to it."""
         processes = [p for p in self.world.processes.values() if p.is_up]
-        members = [p for p in processes if isinstance(p, MemberProcess)]
+        members = {p.name: p for p in processes if isinstance(p, MemberProcess)}
+
+        def is_known(process: Process) -> bool:
+            session, near = process.kernel.session.id, process.kernel.reachable_members()
+            return session > 0 and all(session in members[name].kernel.calls._way_to for name in near)
 
         def is_settled() -> bool:
-            sessions = {p.kernel.session.id for p in processes}
-            if 0 in sessions:
-                return False
-            return all(m.kernel.calls._way_to.keys() >= sessions - {m.kernel.session.id} for m in members)
+            return all(p.kernel.reachable_members() and is_known(p) for p in processes)
 
         return self.world.run(30_000, is_settled)
 
@@ -714,7 +721,7 @@ def test_who_takes_no_calls_sends_no_word_of_it() -> None:
             assert calls.sizes["ways"] == 0
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_call_is_delivered_twice_or_denied_whatever_happens(seed: int) -> None:
     """Lost and late connections, damaged and repeated frames, crashes, pauses, cuts; when all is well, all is answered."""
     chance = random.Random(seed)
@@ -748,7 +755,7 @@ def test_no_call_is_delivered_twice_or_denied_whatever_happens(seed: int) -> Non
                 paused = chance.choice(up)
                 paused.pause()
                 world.after(chance.randint(50, 3000), paused.resume)
-            elif draw < 0.14:
+            elif draw < 0.14 and len(up) > 1:
                 one, other = chance.sample([p.name for p in up], 2)
                 world.cut(one, other)
                 world.after(chance.randint(100, 3000), world.mend_all, [(one, other)])
@@ -781,3 +788,40 @@ def test_no_call_is_delivered_twice_or_denied_whatever_happens(seed: int) -> Non
                     answered = answered or village.ask(caller.name, called.kernel.session.id).error is None
                 assert answered
         village.check()
+
+
+def test_code_in_a_simulation_takes_calls_and_answers_from_its_own_threads() -> None:
+    """The handler runs in the node's turn, what it hands on in the application's time."""
+    sessions: list[int] = []
+
+    def serve(cluster: coordlib.Cluster) -> None:
+        driver = cluster._driver
+        assert driver is not None
+        inbox: queue.SimpleQueue[InboundCall] = queue.SimpleQueue()
+        driver.set_call_handler(inbox.put)
+        sessions.append(driver.view.session_id)
+        while True:
+            inbound = inbox.get()
+            time.sleep(1)
+            driver.answer(inbound, CallStatus.OK, b"to " + inbound.body)
+
+    def ask(cluster: coordlib.Cluster) -> list[bytes]:
+        answers: list[bytes] = []
+        while len(answers) < 3:
+            try:
+                step = Step(
+                    RequestKind.CALL, b"you", monotonic_ms() + 5000, target=sessions[0] if sessions else 1
+                )
+                answers.append(run(cluster._engine, yield_one(step)))
+            except ServiceUnreachable:
+                time.sleep(0.1)
+        return answers
+
+    def yield_one(step: Step) -> Generator[Step, bytes, bytes]:
+        return (yield step)
+
+    with Simulation(3) as sim:
+        sim.start("n1", serve)
+        asking = sim.start("n2", ask)
+        sim.run_until(lambda: asking.is_done, seconds=60)
+    assert asking.result == [b"to you"] * 3
