@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 COMMAND = (sys.executable, "-m", "coordlib.testing.nemesis", "--network", "proxy", "--minutes", "0.01")
-RUNS = {
+RUNS: dict[str, tuple[str, ...]] = {
     # The seed has a short pause.
     "healthy": ("--faults", "kill-leader,pause,cut-two-way", "--seed", "3"),
     "sabotaged": ("--faults", "cut-two-way", "--sabotage", "lost-write,stale-read,two-holders,no-effect"),
