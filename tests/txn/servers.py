@@ -1,0 +1,323 @@
+"""Real database servers for tests: from installed binaries, in throw-away directories, reached over Unix sockets.
+
+Nothing is shared with a server that the machine may run already: own directory, own socket, no TCP port, no
+configuration file read. Run by root, a server runs as the unprivileged user its package made, else as `nobody`.
+A server dies with the process that started it, however that one ends.
+
+What survives a `kill` is what a server survives when its process dies: the operating system goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+__all__ = ["DatabaseServer", "MariaDBServer", "PostgreSQLServer", "ServerMissing"]
+
+_START_S = 60.0
+_STOP_S = 30.0
+_PR_SET_PDEATHSIG = 1
+_IPC_RMID = 0
+_LIBC = ctypes.CDLL(None)
+
+
+class ServerMissing(Exception):
+    """The binaries of a server are not installed; the message names the package."""
+
+
+class DatabaseServer:
+    """
+    One server process and its directory: `start`, `kill` as a crash does, `start` again, `close`.
+
+    `close()` stops the process and removes the directory; it is safe to call twice.
+    """
+
+    users: tuple[str, ...] = ()
+    stop_signal: signal.Signals = signal.SIGTERM
+
+    def __init__(self) -> None:
+        self._user = _unprivileged(self.users)
+        # Short: the path of a Unix socket has room for 107 bytes, and pytest's own directories take most of it.
+        self.directory = Path(tempfile.mkdtemp(prefix="coordlib-db-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = self.directory / "server.log"
+        if self._user is not None:
+            os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
+        try:
+            self._create()
+        except BaseException:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def socket(self) -> Path:
+        raise NotImplementedError
+
+    def _create(self) -> None:
+        raise NotImplementedError
+
+    def _command(self) -> list[str]:
+        raise NotImplementedError
+
+    def _is_ready(self) -> bool:
+        raise NotImplementedError
+
+    def _clean_up(self) -> None:
+        """Free what a killed server leaves outside of its directory."""
+
+    def start(self) -> None:
+        """Return when the server answers. Raises RuntimeError with the end of its log if it does not come up."""
+        assert self._process is None, "the server runs already"
+        with self._log.open("ab") as log:
+            self._process = self._spawn(self._command(), log.fileno())
+        deadline = time.monotonic() + _START_S
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                text = self._log.read_text(errors="replace")[-4000:]
+                self.kill()
+                raise RuntimeError(f"{type(self).__name__} did not start:\n{text}")
+            time.sleep(0.01)  # between two questions; what is waited for is the answer
+
+    def kill(self) -> None:
+        """Kill every process of the server at once, as a crash does. Returns when all are gone."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGSTOP)  # starts no further children
+        family = [*_children(process.pid), process.pid]
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(_STOP_S)
+        _wait_until(lambda: not any(_is_alive(pid) for pid in family))
+
+    def restart(self) -> None:
+        """Crash and come back."""
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        """Stop, and leave nothing behind."""
+        process = self._process
+        if process is not None:
+            process.send_signal(self.stop_signal)
+            try:
+                process.wait(_STOP_S)
+                self._process = None
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._clean_up()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _spawn(self, command: list[str], output: int) -> subprocess.Popen[bytes]:
+        parent = os.getpid()
+
+        def die_with_the_parent() -> None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        user = self._user
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=self.directory,
+            user=None if user is None else user.pw_uid,
+            group=None if user is None else user.pw_gid,
+            extra_groups=None if user is None else [],
+            start_new_session=True,
+            # Justification: it makes two system calls and takes no lock.
+            preexec_fn=die_with_the_parent,  # noqa: PLW1509
+        )
+
+    def _run(self, command: list[str]) -> None:
+        with self._log.open("ab") as log:
+            code = self._spawn(command, log.fileno()).wait(_START_S)
+        if code:
+            raise RuntimeError(
+                f"{command[0]} failed ({code}):\n{self._log.read_text(errors='replace')[-4000:]}"
+            )
+
+
+class PostgreSQLServer(DatabaseServer):
+    """A PostgreSQL server with the superuser `coordlib`; `settings` go to its command line."""
+
+    users = ("postgres",)
+    stop_signal = signal.SIGINT  # "fast": does not wait for clients
+
+    def __init__(self, **settings: str | int) -> None:
+        self._binaries = _postgresql_binaries()
+        self._settings: dict[str, str | int] = {
+            "max_prepared_transactions": 16,
+            "dynamic_shared_memory_type": "mmap",  # in the directory, not in /dev/shm
+            **settings,
+        }
+        super().__init__()
+
+    def _create(self) -> None:
+        data = str(self.directory / "data")
+        trust = ("--auth=trust", "--username=coordlib", "--encoding=UTF8", "--locale=C", "--no-sync")
+        self._run([str(self._binaries / "initdb"), f"--pgdata={data}", *trust])
+
+    def _command(self) -> list[str]:
+        fixed = {"listen_addresses": "", "unix_socket_directories": self.directory, **self._settings}
+        options = [text for name, value in fixed.items() for text in ("-c", f"{name}={value}")]
+        return [str(self._binaries / "postgres"), "-D", str(self.directory / "data"), *options]
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / ".s.PGSQL.5432"
+
+    def _clean_up(self) -> None:
+        with contextlib.suppress(OSError, IndexError):
+            # Line 7 of postmaster.pid, which only a killed server leaves: key and id of its shared memory.
+            lines = (self.directory / "data" / "postmaster.pid").read_text().splitlines()
+            _LIBC.shmctl(int(lines[6].split()[1]), _IPC_RMID, None)
+
+    def _is_ready(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.dsn()).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def dsn(self, database: str = "postgres", user: str = "coordlib") -> str:
+        return f"host={self.directory} dbname={database} user={user}"
+
+
+class MariaDBServer(DatabaseServer):
+    """A MariaDB server with the administrator `root` without a password."""
+
+    users = ("mysql",)
+
+    def __init__(self, *options: str) -> None:
+        self._server = _binary("mariadbd", "mysqld", package="mariadb-server")
+        self._installer = _binary("mariadb-install-db", "mysql_install_db", package="mariadb-server")
+        self._options = options
+        super().__init__()
+
+    def _create(self) -> None:
+        # The log's size is written on creation; the default of 96 MiB would be most of the time that takes.
+        common = [f"--datadir={self.directory / 'data'}", "--innodb-log-file-size=8M"]
+        fixed = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
+        self._run([self._installer, "--no-defaults", *common, *fixed])
+
+    def _command(self) -> list[str]:
+        return [
+            self._server,
+            "--no-defaults",
+            f"--datadir={self.directory / 'data'}",
+            f"--socket={self.socket}",
+            f"--pid-file={self.directory / 'pid'}",
+            "--skip-networking",
+            "--skip-name-resolve",
+            "--innodb-log-file-size=8M",
+            "--innodb-buffer-pool-size=32M",
+            *self._options,
+        ]
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "socket"
+
+    def _is_ready(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as listening, contextlib.suppress(OSError):
+            # First by hand: the driver forgets to close the socket of an attempt that is refused.
+            listening.connect(str(self.socket))
+            return self._answers()
+        return False
+
+    def _answers(self) -> bool:
+        import pymysql
+
+        try:
+            pymysql.connect(unix_socket=str(self.socket), user="root").close()
+        except pymysql.OperationalError:
+            return False
+        return True
+
+    def options(self, database: str | None = None, user: str = "root") -> dict[str, Any]:
+        """What `pymysql.connect` is called with."""
+        return {"unix_socket": str(self.socket), "user": user, "database": database}
+
+
+def _unprivileged(names: tuple[str, ...]) -> pwd.struct_passwd | None:
+    if os.geteuid() != 0:
+        return None
+    for name in (*names, "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise ServerMissing("root may not run a database server, and there is no unprivileged user to run it as")
+
+
+def _binary(*names: str, package: str) -> str:
+    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found is not None:
+            return found
+    raise ServerMissing(f"{names[0]} is not installed: apt-get install {package}")
+
+
+def _postgresql_binaries() -> Path:
+    """The folder of the newest PostgreSQL here: Debian keeps them off the PATH, one folder a version."""
+
+    def version(folder: Path) -> tuple[int, ...]:
+        return tuple(int(number) for number in re.findall(r"\d+", str(folder)))
+
+    for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=version, reverse=True):
+        if (folder / "initdb").exists():
+            return folder
+    return Path(_binary("initdb", package="postgresql")).resolve().parent
+
+
+def _children(pid: int) -> Iterator[int]:
+    """Those whose parent is `pid`, and theirs. The parent is stopped: the list is complete."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # pid (name) state ppid ...; a name may hold anything, so count from its last bracket
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    family = [pid]
+    for parent in family:
+        family += [child for child, its_parent in parents.items() if its_parent == parent]
+    yield from family[1:]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _STOP_S
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise RuntimeError("a killed server's processes are still there")
+        time.sleep(0.002)  # the kernel frees them on its own; nothing tells when
