@@ -248,7 +248,7 @@ def _one_phase_gen(tx: Transaction, member: Member, context: Context, until_appl
         tx.become(State.UNKNOWN)
         raise _unknown(tx, "the connection was lost while its only branch committed", ballot.error)
     tx.become(State.ABORTED)
-    tx.become(State.ENDED)
+    yield from _rollback_gen(tx, context, () if member.is_remote else tx.members)
     raise _aborted(tx, "vote-no", f"its only branch could not commit: {ballot.error}", ballot.error)
 
 
@@ -447,7 +447,7 @@ def finish_gen(tx: Transaction, context: Context) -> OpGen[None]:
         tx.become(State.ENDED)
         if decider is not None and not heuristics:
             context.finish_later(Unfinished(tx.gtid, True, (), decider))  # its marker has served its time
-    _raise_heuristics(tx, heuristics)
+    yield from _report_heuristics_gen(tx, True, heuristics, context)
 
 
 def abort_gen(tx: Transaction, context: Context, ended: Iterable[Member] = ()) -> OpGen[None]:
@@ -480,7 +480,7 @@ def _rollback_gen(tx: Transaction, context: Context, ended: Iterable[Member]) ->
         context.finish_later(Unfinished(tx.gtid, False, tuple(waiting), decider))
     else:
         tx.become(State.ENDED)
-    _raise_heuristics(tx, heuristics)
+    yield from _report_heuristics_gen(tx, False, heuristics, context)
 
 
 def _tell_gen(
@@ -506,15 +506,30 @@ def _tell_gen(
     return waiting
 
 
-def _raise_heuristics(tx: Transaction, heuristics: list[tuple[bytes, Finish]]) -> None:
-    if heuristics:
-        outcome = "committed" if tx.state in (State.COMMITTED, State.ENDED) else "aborted"
-        raise HeuristicOutcome(
-            f"transaction {text_of(tx.gtid)} is {outcome}, but {len(heuristics)} of its branches were ended otherwise "
-            "by somebody else: repair them by hand, see `coordlib tx show`",
-            gtid=tx.gtid,
-            branches=[bqual.hex() for bqual, _ in heuristics],
-        )
+def _report_heuristics_gen(
+    tx: Transaction, is_committed: bool, heuristics: list[tuple[bytes, Finish]], context: Context
+) -> OpGen[None]:
+    """
+    Raises:
+        HeuristicOutcome: There are some. People can see them in the cluster's own records, if it could be reached.
+    """
+    if not heuristics:
+        return
+    context.count("heuristics", len(heuristics))
+    by = context.clock() + GRACE_MS
+    yield Together(
+        [
+            Step(RequestKind.COMMAND, commands.tx_heuristic(tx.gtid, bqual, finish.value, tx.node), by)
+            for bqual, finish in heuristics
+        ]
+    )
+    outcome = "committed" if is_committed else "aborted"
+    raise HeuristicOutcome(
+        f"transaction {text_of(tx.gtid)} is {outcome}, but {len(heuristics)} of its branches were ended otherwise by "
+        "somebody else: repair them by hand",
+        gtid=tx.gtid,
+        branches=[bqual.hex() for bqual, _ in heuristics],
+    )
 
 
 def _leave(tx: Transaction, context: Context) -> None:
