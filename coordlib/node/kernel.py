@@ -305,6 +305,7 @@ class MemberKernel:
         # It is told what is remembered of it, and says so (below).
         if self.is_formed and not is_repeated and (message.wants_answer or peer.is_behind):
             self._announce(name)
+        self._believe_vouched(now)
         if self.raft is not None and peer.is_trusted:
             if message.remembered_index:
                 self.raft.bar_until(message.remembered_term, message.remembered_index)
@@ -323,6 +324,15 @@ class MemberKernel:
                 ):
                     self._announce(name)
             self.raft.report_reachable(name)
+
+    def _believe_vouched(self, now: int) -> None:
+        """Take what members announced whose disks were not known then, and now are."""
+        vouched = self.peers.vouched
+        while vouched:
+            name = vouched.pop()
+            announce = self.peers.known[name].announce
+            assert announce is not None
+            self._on_announce(name, announce, now, is_repeated=True)
 
     def _on_form(self, name: str, message: Form, now: int) -> None:
         identity = self.peers.heard_form(name, message)
@@ -718,6 +728,7 @@ class MemberKernel:
         for name, _, disk_id in self.machine.members():
             if disk_id and self.peers.disks.get(name) != disk_id:
                 self.peers.recorded(name, disk_id)
+        self._believe_vouched(self._now)
 
     def _leadership_changed(self, raft: RawNode, service: RequestService, now: int) -> None:
         seen = (raft.term, raft.leader, raft.is_leader)

@@ -84,6 +84,7 @@ class Peers:
         self._events = events
         self.disks = dict(identity.disks)
         self.to_record: list[tuple[str, bytes]] = []  # disks seen for the first time; the leader logs them
+        self.vouched: list[str] = []  # whose announcements, heard before, are to be believed from now on
 
     @property
     def is_formed(self) -> bool:
@@ -162,7 +163,14 @@ class Peers:
         self._check_own_disk(announce.known_disks)
         if not self.is_formed:
             return None  # it sends FORM as soon as it has heard from us
-        return self._judge_disk(name, announce)
+        refusal = self._judge_disk(name, announce)
+        if peer.is_trusted:
+            # What it has applied is committed. This node may not be able to hear so from the log: the leader may be
+            # the very member whose disk was recorded while this node was away, or that it does not know yet to be.
+            for node, disk_id in announce.known_disks:
+                if disk_id and node in self.known and not self.disks.get(node):
+                    self.recorded(node, disk_id)
+        return refusal
 
     def heard_form(self, name: str, form: Form) -> DiskIdentity | None:
         """
@@ -206,15 +214,21 @@ class Peers:
             peer.problem = _wiped(name, known, announce.disk_id)
             self._say(logging.ERROR, "disk.differs", peer.problem, peer=name)
             return Refusal("disk-differs", peer.problem)
+        peer.problem = ""
         peer.is_trusted = announce.cluster_uuid == self.identity.cluster_uuid
         return None
 
     def recorded(self, name: str, disk_id: bytes) -> None:
-        """The log says that this is the member's disk."""
+        """The log says that this is the member's disk, here or where a member has told of it."""
         self.disks[name] = disk_id
         peer = self.known.get(name)
-        if peer is not None and peer.announce is not None and self.is_formed:
+        if peer is None or peer.announce is None or not self.is_formed:
+            return
+        if peer.announce.members_digest == self._digest and peer.announce.cluster_uuid:
+            was_trusted = peer.is_trusted
             self._judge_disk(name, peer.announce)
+            if peer.is_trusted and not was_trusted:
+                self.vouched.append(name)
 
     def acknowledged(self, name: str, term: int, index: int) -> None:
         """The peer's disk has acknowledged this much to us; what it comes back with is measured by it."""

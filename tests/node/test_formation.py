@@ -156,6 +156,47 @@ def test_crashes_in_the_middle_of_forming_leave_one_cluster(seed: int) -> None:
         assert world.fatal == []
 
 
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_member_whose_disk_was_recorded_later_can_lead_those_that_restart(
+    world: World, is_away: bool
+) -> None:
+    """They have not applied the record, or do not even have it, and hear of it from the third."""
+    for name in ("n1", "n2"):
+        world.start_member(name, bootstrap=True)
+    assert world.run(PATIENCE_MS, lambda: all(p.kernel.has_usable_leader for p in world.up_members))
+    if is_away:
+        # The only other one knows the record; this one was away, and the quorum that it was logged by is theirs.
+        world.member("n1").kill()
+    world.start_member("n3")
+    if is_away:
+        world.run(2000)
+        world.start_member("n1")
+    assert world.run(PATIENCE_MS, lambda: all_work(world))
+    assert world.run(PATIENCE_MS, lambda: all(b"" not in _disks(p) for p in world.up_members))
+    third = world.member("n3")
+    if third is not world.leader:
+        leader = world.leader
+        assert leader is not None and leader.kernel.raft is not None
+        leader.kernel.raft.transfer_leadership("n3")
+        leader.wake()
+        assert world.run(PATIENCE_MS, lambda: third.kernel.is_leader)
+    assert third.kernel.raft is not None
+    term = third.kernel.raft.term
+    world.member("n1").crash()
+    world.run(100)
+    back = world.start_member("n1")
+    assert world.run(3000, lambda: back.kernel.has_usable_leader), back.kernel.status(back.clock())[
+        "problems"
+    ]
+    assert third.kernel.is_leader and third.kernel.raft.term == term
+    assert back.kernel.status(back.clock())["problems"] == []
+    assert world.fatal == []
+
+
+def _disks(process: MemberProcess) -> list[bytes]:
+    return [disk_id for _, _, disk_id in process.kernel.machine.members()]
+
+
 def test_a_wiped_disk_is_refused(world: World) -> None:
     """What it had promised is lost; the error names the remedy, and the others go on."""
     world.start_all()
