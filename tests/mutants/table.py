@@ -30,6 +30,7 @@ INVARIANTS = frozenset(
         "election safety",
         "exactly once",
         "fencing token",
+        "id window",
         "leader completeness",
         "log matching",
         "match index",

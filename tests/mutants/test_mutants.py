@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordlib.testing.simulation import invariants
+from coordlib.testing.simulation import invariants, model
 from tests.mutants import patching, runner
 from tests.mutants.patching import HIT, Mutant, PatchError, prepare, replace
 from tests.mutants.table import AREAS, INVARIANTS, MUTANTS
@@ -55,10 +55,10 @@ def test_a_method_with_a_cell_of_its_class_can_be_changed() -> None:
 
 def test_every_global_invariant_is_known_as_one() -> None:
     """A new invariant is either counted among those that judge from outside, or named here as a mere symptom."""
-    tree = ast.parse(Path(invariants.__file__).read_text())
     named = {
         node.args[0].value
-        for node in ast.walk(tree)
+        for module in (invariants, model)
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id == "Violation"

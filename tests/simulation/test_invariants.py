@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 
 from coordlib.cbor import encode
+from coordlib.errors import CoordError, NotHolder, QuotaExceeded
 from coordlib.machine import commands
 from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
 from coordlib.node.effects import LogEvent
@@ -29,7 +31,7 @@ from coordlib.raft.messages import (
 )
 from coordlib.storage.base import Persist, RecoveredGroup
 from coordlib.testing.disk import PendingChange
-from coordlib.testing.simulation import invariants, marks
+from coordlib.testing.simulation import invariants, marks, model
 from coordlib.testing.simulation.invariants import ROUNDS_MAX, Impostor, Invariants, Violation, watched_reads
 from coordlib.testing.simulation.marks import Marks
 
@@ -155,11 +157,18 @@ class Cluster:
         self.seen.applied(self.members[name], entry, Applied(session, sequence, reply, tuple(effects)))
 
     def happen(
-        self, operation: bytes, session: int = 0, sequence: int = 0, *, reply: bytes = GOOD, effects: Any = ()
+        self,
+        operation: bytes,
+        session: int = 0,
+        sequence: int = 0,
+        *,
+        reply: bytes = GOOD,
+        effects: Any = (),
+        at_ms: int = 0,
     ) -> None:
         """A command goes through all of it, in the term of n1, and is applied by n1."""
         self.last += 1
-        entry = Entry(1, self.last, COMMAND, commands.pack_entry(0, session, sequence, 0, operation))
+        entry = Entry(1, self.last, COMMAND, commands.pack_entry(at_ms, session, sequence, 0, operation))
         self.replicate(entry, *NAMES)
         self.apply("n1", entry, reply, *effects)
         self.turn("n1")
@@ -203,6 +212,59 @@ def with_sessions() -> Cluster:
 
 def granted(token: int) -> bytes:
     return encode((0, True, token, 0))
+
+
+class Leases:
+    """Ids of a layout with two workers, units of 1 ms from the first millisecond of 1970 on, windows of 10 s."""
+
+    def __init__(self) -> None:
+        self.cluster = with_sessions()
+        self.layout = (41, 12, 1, 1, 1, 1)
+
+    def _happen(self, operation: bytes, results: tuple[int, ...] | CoordError, at_ms: int) -> None:
+        reply = commands.encode_error(results) if isinstance(results, CoordError) else encode((0, *results))
+        self.cluster.happen(operation, 1, self.cluster.last + 10, reply=reply, at_ms=at_ms)
+
+    def lease(self, results: tuple[int, ...] | CoordError, at_ms: int, epoch_ms: int = 1) -> None:
+        """Granted: worker, number, from, until."""
+        if not isinstance(results, CoordError):
+            results = (*results, results[2], epoch_ms)
+        self._happen(commands.ids_lease(b"ids", self.layout, 10_000), results, at_ms)
+
+    def renew(self, worker: int, number: int, results: tuple[int, ...] | CoordError, at_ms: int) -> None:
+        self._happen(commands.ids_renew(b"ids", worker, number, 10_000), results, at_ms)
+
+    def give_back(self, worker: int, number: int, used_until: int, until: int, at_ms: int) -> None:
+        self._happen(commands.ids_return(b"ids", worker, number, used_until), (until,), at_ms)
+
+    def skip(self, floor_ms: int, at_ms: int) -> None:
+        self._happen(commands.ids_skip(floor_ms), (floor_ms, 1), at_ms)
+
+    def begin(self) -> Leases:
+        """Worker 0 until 12 s, extended at 5 s to 15 s; worker 1 given back at 4 s."""
+        self.lease((0, 1, 2000, 12_000), 2001)
+        self.lease((1, 2, 3000, 13_000), 3001)
+        self.give_back(1, 2, 4000, 4000, 4001)
+        self.renew(0, 1, (15_000, 5000), 5001)
+        return self
+
+
+NO_WORKER: Final = QuotaExceeded("none", limit="worker_bits", maximum=2, wanted=3, free_in_ms=1)
+NOT_HELD: Final = NotHolder("ended", name=b"ids", worker=0, lease=1)
+
+
+def test_leases_that_keep_to_the_rules_are_no_violation() -> None:
+    """Granted, extended, given back, lapsed, passed on, refused, and skipped."""
+    leases = Leases().begin()
+    leases.lease((1, 3, 6000, 16_000), 6001)
+    leases.lease(NO_WORKER, 6002)
+    leases.renew(1, 2, NOT_HELD, 6003)
+    leases.renew(0, 1, NOT_HELD, 15_001)
+    leases.lease((0, 4, 15_000, 25_000), 15_001)
+    leases.skip(40_000, 15_002)
+    leases.renew(0, 4, NOT_HELD, 15_003)
+    leases.lease((1, 5, 39_999, 49_999), 15_004)
+    leases.renew(1, 5, (50_998, 40_998), 16_003)  # its time runs ahead as it did when it began
 
 
 def test_a_legal_life_is_no_violation() -> None:
@@ -584,6 +646,87 @@ def an_impostor_that_applies() -> None:
     Impostor().applied(member, Entry(1, 1, COMMAND, b""), Applied(0, 0, GOOD, ()))
 
 
+def a_window_that_overlaps() -> None:
+    Leases().begin().lease((1, 3, 3999, 13_999), 4001)
+
+
+def a_worker_that_somebody_has() -> None:
+    Leases().begin().lease((0, 3, 15_000, 25_000), 9001)
+
+
+def a_window_before_its_time() -> None:
+    Leases().begin().lease((1, 3, 8999, 18_999), 9001)
+
+
+def a_window_before_the_floor() -> None:
+    leases = Leases().begin()
+    leases.skip(40_000, 9001)
+    leases.lease((1, 3, 9001, 19_001), 9002)
+
+
+def a_window_that_is_too_long() -> None:
+    Leases().begin().lease((1, 3, 9000, 19_001), 9001)
+
+
+def a_worker_that_does_not_exist() -> None:
+    Leases().begin().lease((2, 3, 9000, 19_000), 9001)
+
+
+def a_lease_by_another_layout() -> None:
+    leases = Leases().begin()
+    leases.layout = (41, 11, 1, 1, 1, 1)
+    leases.lease((1, 3, 9000, 19_000), 9001)
+
+
+def a_lease_with_an_old_number() -> None:
+    Leases().begin().lease((1, 2, 9000, 19_000), 9001)
+
+
+def a_free_worker_that_nobody_finds() -> None:
+    Leases().begin().lease(NO_WORKER, 9001)
+
+
+def a_renewal_of_a_lapsed_lease() -> None:
+    Leases().begin().renew(0, 1, (25_000, 15_000), 15_001)
+
+
+def a_renewal_of_what_was_given_back() -> None:
+    Leases().begin().renew(1, 2, (14_000, 4000), 4001)
+
+
+def a_renewal_after_a_skip() -> None:
+    leases = Leases().begin()
+    leases.skip(40_000, 6000)
+    leases.renew(0, 1, (16_000, 6000), 6001)
+
+
+def a_renewal_of_anothers_lease() -> None:
+    Leases().begin().renew(0, 2, (16_000, 6000), 6001)
+
+
+def a_renewal_by_too_much() -> None:
+    Leases().begin().renew(0, 1, (16_001, 6000), 6001)
+
+
+def a_renewal_that_cuts_short() -> None:
+    Leases().begin().renew(0, 1, (14_999, 5000), 5001)
+
+
+def a_renewal_that_is_refused_to_the_holder() -> None:
+    Leases().begin().renew(0, 1, NOT_HELD, 15_000)
+
+
+def a_return_that_gives_back_what_was_used() -> None:
+    Leases().begin().give_back(0, 1, 6000, 5999, 6001)
+
+
+def a_member_that_has_forgotten_a_lease() -> None:
+    leases = Leases().begin()
+    machine = leases.cluster.kernel("n1").machine
+    machine.query = lambda _: encode((0, None, 2, 1, 0, 5000, 0))
+    leases.cluster.seen.finish([leases.cluster.members["n1"]])
+
+
 VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
     "election safety": (two_leaders, two_leaders_by_their_messages),
     "one vote": (two_votes, two_votes_over_a_restart),
@@ -639,6 +782,26 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
     ),
     "fencing token": (a_token_that_falls, a_token_that_is_given_again),
     "one holder": (two_holders, two_holders_by_a_grant_to_a_waiter, a_holder_whose_session_has_ended),
+    "id window": (
+        a_window_that_overlaps,
+        a_worker_that_somebody_has,
+        a_window_before_its_time,
+        a_window_before_the_floor,
+        a_window_that_is_too_long,
+        a_worker_that_does_not_exist,
+        a_lease_by_another_layout,
+        a_lease_with_an_old_number,
+        a_free_worker_that_nobody_finds,
+        a_renewal_of_a_lapsed_lease,
+        a_renewal_of_what_was_given_back,
+        a_renewal_after_a_skip,
+        a_renewal_of_anothers_lease,
+        a_renewal_by_too_much,
+        a_renewal_that_cuts_short,
+        a_renewal_that_is_refused_to_the_holder,
+        a_return_that_gives_back_what_was_used,
+        a_member_that_has_forgotten_a_lease,
+    ),
     "current read": (a_read_from_before,),
     "session belief": (a_session_that_ends_under_its_owner,),
     "busy loop": (a_process_that_never_rests,),
@@ -652,9 +815,8 @@ def test_the_table_names_what_is_checked_and_nothing_else() -> None:
     """Each row of the module's table has a violation here; and no check goes by a name that the table does not have."""
     rows = re.findall(r"^([a-z]+(?: [a-z]+)*)  +\S", invariants.__doc__ or "", re.MULTILINE)
     assert sorted(rows) == sorted(VIOLATIONS)
-    with open(invariants.__file__, encoding="utf-8") as source:
-        raised = set(re.findall(r'Violation\(\s*"([a-z ]+)"', source.read()))
-    assert raised == set(VIOLATIONS)
+    source = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (invariants, model))
+    assert set(re.findall(r'Violation\(\s*"([a-z ]+)"', source)) == set(VIOLATIONS)
 
 
 @pytest.mark.parametrize(

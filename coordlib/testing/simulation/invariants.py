@@ -25,6 +25,7 @@ same state            ... and the same state, compared at intervals and after ev
 exactly once          a session's command is executed once; repeated, it gets the first answer or none
 fencing token         tokens rise over all grants of all locks, for ever
 one holder            a lock is granted to one acquisition of a living session at a time
+id window             windows of id time of one worker are disjoint; a worker is one lease's at a time, and none leaks
 current read          what a leader answers a query from has all that was committed when it took the query up
 session belief        when the cluster ends a session for its silence, its owner has already stopped to count on it
 busy loop             no process runs more often than a bound allows
@@ -41,11 +42,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from unittest.mock import patch
 
-from coordlib.cbor import decode
-from coordlib.errors import CoordError
-from coordlib.machine import commands
-from coordlib.machine.commands import OpCode
-from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
+from coordlib.machine.effects import Applied
 from coordlib.raft import RawNode, Ready
 from coordlib.raft.messages import (
     AppendEntries,
@@ -59,6 +56,7 @@ from coordlib.raft.messages import (
 )
 from coordlib.storage.base import Persist, RecoveredGroup
 from coordlib.testing.simulation.marks import Marks
+from coordlib.testing.simulation.model import LogModel, Violation
 
 if TYPE_CHECKING:
     from coordlib.testing.simulation.processes import MemberProcess, SimulatedProcess
@@ -79,16 +77,6 @@ ROUNDS_WITHIN_MS: Final = 10_000
 
 _COMMAND: Final = int(EntryKind.COMMAND)
 _SKIPPED: Final = b"not a command"
-
-
-class Violation(AssertionError):
-    """A promise of the product is broken. `check` names the one, as in the module's table."""
-
-    def __init__(self, check: str, message: str) -> None:
-        super().__init__(f"{check}: {message}")
-        self.check = check
-        self.message = message
-        self.at_ms = 0  # when, by the world's time
 
 
 class _Committed(NamedTuple):
@@ -179,7 +167,7 @@ class Invariants:
         self.committed_max = 0
         self._outcomes: dict[int, _Outcome] = {}
         self._digests: dict[int, bytes] = {}
-        self._model = _Model(marks)
+        self._model = LogModel(marks)
 
     # -- on the disk ---------------------------------------------------------------------------------------
 
@@ -584,6 +572,7 @@ class Invariants:
         for process in processes:
             self._compare_state(process)
             process._kernel.machine.check_invariants()
+            self._model.windows.check(process.name, process._kernel.machine)
             self._check_leftovers(process)
 
     @staticmethod
@@ -695,114 +684,3 @@ _PROMISES: Final[dict[type, Any]] = {
     RequestVote: Invariants._check_vote_request,
     VoteReply: Invariants._check_vote_reply,
 }
-
-
-class _Model:
-    """Sessions and locks as they must be, by the log alone; another reading of the same commands."""
-
-    __slots__ = ("_answers", "_ended", "_holders", "_marks", "_sessions", "_token")
-
-    def __init__(self, marks: Marks) -> None:
-        self._marks = marks
-        self._answers: dict[tuple[int, int], bytes] = {}
-        self._sessions: set[int] = set()
-        self._ended: set[int] = set()
-        self._holders: dict[bytes, tuple[int, int, int]] = {}  # lock -> session, sequence, token
-        self._token = 0
-
-    def apply(self, entry: Entry, applied: Applied) -> set[int]:
-        """Returns the sessions that it ends because nothing was heard of them."""
-        _, session, sequence, _, operation = commands.unpack_entry(entry.data)
-        if session and not self._is_due(entry.index, session, sequence, applied):
-            return set()
-        try:
-            args = decode(operation)
-        except CoordError:
-            return set()
-        for effect in applied.effects:
-            if isinstance(effect, SessionOpened):
-                self._sessions.add(effect.session)
-        opcode = args[0]
-        if commands.is_success(applied.reply):
-            if opcode == OpCode.ACQUIRE:
-                results = commands.decode_reply(applied.reply)
-                if len(results) != 3:
-                    raise Violation(
-                        "exactly once",
-                        f"entry {entry.index}, command {sequence} of session {session}, is answered with {results}, "
-                        "the answer to another command",
-                    )
-                is_granted, token, _ = results
-                if is_granted:
-                    self._grant(entry.index, args[1], session, sequence, token)
-            elif opcode == OpCode.RELEASE:
-                self._release(args[1], session, args[2])
-            elif opcode == OpCode.BREAK:
-                self._holders.pop(args[1], None)
-        ended = {effect.session for effect in applied.effects if isinstance(effect, SessionEnded)}
-        for lost in ended:
-            self._ended.add(lost)
-            self._sessions.discard(lost)
-            if opcode == OpCode.SESSION_EXPIRE:
-                self._marks.hit("session_expired")
-        for lock in [lock for lock, holder in self._holders.items() if holder[0] in ended]:
-            self._marks.hit("lock_holder_died")
-            del self._holders[lock]
-        for effect in applied.effects:
-            if isinstance(effect, LockGranted):
-                self._marks.hit("lock_handed_over")
-                self._grant(entry.index, effect.lock, effect.session, effect.sequence, effect.token)
-            elif isinstance(effect, LockWithdrawn):
-                holder = next(
-                    (
-                        lock
-                        for lock, held in self._holders.items()
-                        if held[:2] == (effect.session, effect.sequence)
-                    ),
-                    None,
-                )
-                if holder is not None:
-                    del self._holders[holder]
-        return ended if opcode == OpCode.SESSION_EXPIRE else set()
-
-    def _is_due(self, index: int, session: int, sequence: int, applied: Applied) -> bool:
-        """Whether the command was to be executed; if it was not, that nothing came of it."""
-        answer = self._answers.get((session, sequence))
-        is_alive = session in self._sessions
-        if answer is None and is_alive:
-            self._answers[session, sequence] = applied.reply
-            return True
-        if answer is not None:
-            self._marks.hit("request_repeated")  # rare: leaders answer what they have seen themselves
-        is_refusal = not commands.is_success(applied.reply)
-        if applied.effects or not (is_refusal or applied.reply == answer):
-            raise Violation(
-                "exactly once",
-                f"entry {index} executes command {sequence} of session {session}, "
-                + ("which has ended" if not is_alive else "a second time"),
-            )
-        return False
-
-    def _grant(self, index: int, lock: bytes, session: int, sequence: int, token: int) -> None:
-        holder = self._holders.get(lock)
-        if holder is not None and holder[:2] != (session, sequence):
-            raise Violation(
-                "one holder", f"entry {index} grants {lock!r} to session {session}, while {holder} holds it"
-            )
-        if holder is not None and holder[2] == token:
-            return
-        if session not in self._sessions:
-            raise Violation(
-                "one holder", f"entry {index} grants {lock!r} to session {session}, which is not alive"
-            )
-        if token <= self._token:
-            raise Violation(
-                "fencing token", f"entry {index} grants {lock!r} with token {token}, after {self._token}"
-            )
-        self._token = token
-        self._holders[lock] = (session, sequence, token)
-
-    def _release(self, lock: bytes, session: int, sequence: int) -> None:
-        holder = self._holders.get(lock)
-        if holder is not None and holder[:2] == (session, sequence):
-            del self._holders[lock]

@@ -23,6 +23,7 @@ from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.workload.counters import Counters
 from coordlib.testing.simulation.workload.groups import Groups
+from coordlib.testing.simulation.workload.ids import Ids
 from coordlib.testing.simulation.workload.inserts import Inserts
 from coordlib.testing.simulation.workload.load import Load
 from coordlib.testing.simulation.workload.load import draw_load as _draw_load
@@ -34,7 +35,7 @@ from coordlib.testing.simulation.world import World
 
 __all__ = ["SERVICES", "SOMETIMES", "Load", "Marks", "PromiseBroken", "Service", "Workload", "draw_load"]
 
-SERVICES: Final[tuple[type[Service], ...]] = (Registers, Locks, Counters, Inserts, Groups, Tickets)
+SERVICES: Final[tuple[type[Service], ...]] = (Registers, Locks, Counters, Inserts, Groups, Tickets, Ids)
 
 SOMETIMES: Final[dict[str, str]] = {
     "acquire_granted_after_waiting": "a waiter got its lock",
@@ -47,6 +48,17 @@ SOMETIMES: Final[dict[str, str]] = {
     "grant_lost": "a holder found that its session had run out",
     "guard_refused": "a write with the token of a released grant was refused",
     "holder_crashed": "a process ended while it held a lock",
+    "id_clock_stepped_back": "ids were to be minted after their clock had stepped back",
+    "id_lease_expired": "a window had ended, no other was granted in time, and no id was minted",
+    "id_lease_lapsed": "a renewal came after the lease had lapsed, and was refused",
+    "id_renewal_late": "more than half of a window had passed before it was extended",
+    "id_time_borrowed": "more ids were minted than their time has",
+    "id_time_skipped": "an operator had ids begin at a later time",
+    "id_window_ended_while_paused": "a process stood still while its window ended",
+    "id_window_given_back": "the rest of a window was given back",
+    "id_worker_passed_on": "a worker number went from one process to another",
+    "id_workers_exhausted": "all workers of a layout were leased, and somebody got none",
+    "ids_minted_without_quorum": "ids were minted while most members were down",
     "increment_refused": "two counted from the same number, and one was refused",
     "popitem_of_nothing": "somebody tried to take from an empty map",
     "scan_of_several_pages": "a scan needed more than one page",
