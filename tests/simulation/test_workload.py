@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from coordlib.api.ids import _IdsBase
 from coordlib.api.locks import Grant, LockInfo, _LockBase
 from coordlib.api.maps import _MapBase
 from coordlib.config import Timing
-from coordlib.errors import CommitTimeout, CoordError, LockLost, NoQuorum
+from coordlib.errors import ClusterClosed, CommitTimeout, CoordError, LockLost, NoQuorum
+from coordlib.ids.layout import Layout
+from coordlib.ids.minter import Minter, NeedsWindow
+from coordlib.machine.ids import Ids as IdWindows
+from coordlib.machine.ids import _Generator as IdGenerator
+from coordlib.node.logtime import LogClock
 from coordlib.node.operations import FOREVER_MS, OpGen, Step
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation.choices import Choices
 from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.workload import SERVICES, Load, PromiseBroken, Workload, draw_load
+from coordlib.testing.simulation.workload.ids import Ids
 from coordlib.testing.simulation.workload.keys import CONCURRENT_MAX, OPERATIONS_MAX
 from coordlib.testing.simulation.world import ClockProfile, World
 from coordlib.wire.messages import RequestKind
@@ -380,6 +387,40 @@ def without_session(true: Lie, self: Any, arguments: tuple[Any, ...]) -> OpGen[A
     return grant
 
 
+def one_window_for_all(*, is_told: bool) -> AbstractContextManager[Any]:
+    """Everybody is granted the same window of worker 0, and it may be that nobody compares windows."""
+    true = IdWindows.lease
+
+    def lease(self: Any, meta: Any, session: int, sequence: int, args: Any, effects: Any) -> Any:
+        begin = self._generators[args[1]].layout.unit_at(meta.now_ms) if args[1] in self._generators else 0
+        code, _, number, since, until, _, epoch = true(self, meta, session, sequence, args, effects)
+        return (code, 0, number, begin or since, until, begin or since, epoch)
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(IdWindows, "lease", lease))
+    if not is_told:
+        stack.enter_context(patch.object(Ids, "_note", lambda self, name, window: None))
+        stack.enter_context(patch.object(Ids, "_extended", lambda self, handle, args, results: None))
+    return stack
+
+
+def a_late_stop(minter: Minter) -> int:
+    """What is used is said, and minting goes on."""
+    return max(minter._from_unit, minter._used_units())
+
+
+def an_early_stop(minter: Minter) -> int:
+    minter.retire_in_child()
+    minter._stopped = lambda: ClusterClosed("closed")
+    return minter._from_unit
+
+
+def an_hour_ahead(clock: LogClock, now_ms: int) -> int:
+    return READ_LOG_TIME(clock, now_ms) + 3_600_000
+
+
+READ_LOG_TIME = LogClock.read
+
 LIES: dict[str, tuple[str, str, Callable[[], AbstractContextManager[Any]]]] = {
     "a read answers an earlier value": (
         "registers", "history", lambda: lying(_MapBase, "_get_gen", remembered, 2),
@@ -471,6 +512,36 @@ LIES: dict[str, tuple[str, str, Callable[[], AbstractContextManager[Any]]]] = {
     ),
     "a session ends before its time": (
         "locks", "session promises", lambda: lying(_LockBase, "_acquire_gen", without_session),
+    ),
+    "two processes are granted one window": (
+        "ids", "id windows", lambda: one_window_for_all(is_told=True),
+    ),
+    "two processes mint in one window": (
+        "ids", "unique ids", lambda: one_window_for_all(is_told=False),
+    ),
+    "ids are minted twice": (
+        "ids", "ids", lambda: patch.object(Minter, "_reserve", lambda self, first, end, now: None),
+    ),
+    "ids name another worker": (
+        "ids", "ids", lambda: patch.object(Layout, "compose", lambda self, unit, sequence, worker: unit << 22 | 1023),
+    ),
+    "a window is said to have ended": (
+        "ids", "ids", lambda: patch.object(Minter, "_obstacle", lambda self, unit, now: NeedsWindow("ended")),
+    ),
+    "ids are minted after all was given back": (
+        "ids", "ids", lambda: patch.object(Minter, "revoke", a_late_stop),
+    ),
+    "what was used is given back": (
+        "ids", "ids", lambda: patch.object(Minter, "revoke", an_early_stop),
+    ),
+    "an id is said to be another's": (
+        "ids", "ids", lambda: lying(_IdsBase, "_inspect_gen", afterwards(lambda info: replace(info, node="n9")), 1),
+    ),
+    "ids are an hour ahead": (
+        "ids", "id time", lambda: patch.object(LogClock, "read", an_hour_ahead),
+    ),
+    "workers never become free": (
+        "ids", "id workers", lambda: patch.object(IdGenerator, "first_free", lambda self: (1 << 40, 0)),
     ),
     "an error says nothing about the outcome": (
         "registers", "outcomes", lambda: lying(_MapBase, "_get_gen", instead(CoordError("hm"))),
