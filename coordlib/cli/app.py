@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     ids = command("ids", "read or mint ids, or skip those of an original after a restore")
     _ids_arguments(ids)
 
+    tx = command("tx", "list transactions, show what is in doubt, and record what people decide")
+    _tx_arguments(tx)
+
     keys = command("keys", "make a secret for a cluster")
     keys.add_argument("action", choices=["new"], help="print a new secret; give the same to every member")
 
@@ -172,6 +175,41 @@ def _ids_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="a time, in ms since 1970, up to which the original ran, if the clocks here may be behind it",
     )
+
+
+def _tx_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        description = text[0].upper() + text[1:] + "."
+        sub = actions.add_parser(name, help=text, description=description, epilog=_ENVIRONMENT)
+        _attach_arguments(sub)
+        return sub
+
+    listing = action("list", "the newest decisions that are remembered")
+    listing.add_argument(
+        "-n", dest="count", metavar="N", type=int, default=50, help="how many; by default 50"
+    )
+    listing.add_argument("--pending", action="store_true", help="only those that somebody has not obeyed yet")
+    show = action("show", "all that is known of one transaction")
+    doubt = action(
+        "in-doubt",
+        "what has not been obeyed, and what was ended by hand; 1 if people should look at it",
+    )
+    for sub in (listing, show, doubt):
+        sub.add_argument("--json", action="store_true", help="as JSON")
+    resolve = action("resolve", "abort what is not decided, or record what people did with a branch")
+    which = resolve.add_mutually_exclusive_group(required=True)
+    which.add_argument("--commit", dest="is_commit", action="store_true")
+    which.add_argument("--abort", dest="is_commit", action="store_false")
+    resolve.add_argument("--force", action="store_true", help="do it; without, say what it would do")
+    forget = action("forget", "what was ended by hand and has been seen to")
+    for sub in (resolve, forget):
+        sub.add_argument("--branch", metavar="HEX", help="by default all that it is about")
+    for sub in (show, resolve, forget):
+        sub.add_argument(
+            "transaction", metavar="ID", help="32 hexadecimal digits, or the name in pg_prepared_xacts"
+        )
 
 
 def _attach_arguments(parser: argparse.ArgumentParser) -> None:

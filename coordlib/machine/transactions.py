@@ -122,6 +122,7 @@ class Transactions:
         return {
             "tx_committed": len(self._finished) + len(self._pending),
             "tx_pending": len(self._pending),
+            "tx_pending_since_ms": min(map(_mint_ms, self._pending), default=0),  # in log_time; 0: nothing is
             "tx_aborted": len(self._aborted),
             "tx_heuristics": len(self.heuristics),
             "tx_horizon_ms": self.horizon_ms,

@@ -882,6 +882,7 @@ class MemberKernel:
             snapshot_index=raft.log.snapshot.index,
             sessions=len(self.machine.sessions),
             members=members,
+            transactions=self._transactions_status(),
             counters={
                 **self.counters,
                 **service.counters,
@@ -890,6 +891,17 @@ class MemberKernel:
             session_counters=dict(self.session.counters),
         )
         return status
+
+    def _transactions_status(self) -> dict[str, int]:
+        """What is remembered of transactions, as this member has applied it; ages in log time."""
+        found = {
+            name.removeprefix("tx_"): value
+            for name, value in self.machine.counters.items()
+            if name.startswith("tx_")
+        }
+        since_ms = found.pop("pending_since_ms")
+        found["pending_oldest_ms"] = max(0, self.machine.log_time_ms - since_ms) if since_ms else 0
+        return found
 
 
 def _check_recovered(hard_state: HardState, snapshot: SnapshotMeta) -> None:
