@@ -4,6 +4,9 @@ Each needs a driver that its user has anyway; nothing is imported before it is a
 
     PostgreSQL   psycopg 3, blocking and asynchronous     coordlib[postgresql]
     MariaDB      PyMySQL                                  coordlib[mariadb]
+    SQLite       the standard library's; decides itself
+    SQLAlchemy   sessions and connections with two phases coordlib[sqlalchemy], and a driver from above
+    zope         the `transaction` package, both ways     coordlib[zope]
 
 What they have in common: `open(cluster)` says at once what is wrong with a database or its settings, `begin` and
 `enlist` make branches, and the contract of `coordlib.txn.branches` says the rest. What must not live here: who
@@ -18,10 +21,17 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from coordlib.txn.resources.mariadb import MariaDB
     from coordlib.txn.resources.postgresql import PostgreSQL
+    from coordlib.txn.resources.sqlalchemy import SQLAlchemy
+    from coordlib.txn.resources.sqlite import SQLite
 
-__all__ = ["MariaDB", "PostgreSQL"]
+__all__ = ["MariaDB", "PostgreSQL", "SQLAlchemy", "SQLite"]
 
-_MODULES: Final = {"MariaDB": "mariadb", "PostgreSQL": "postgresql"}
+_MODULES: Final = {
+    "MariaDB": "mariadb",
+    "PostgreSQL": "postgresql",
+    "SQLAlchemy": "sqlalchemy",
+    "SQLite": "sqlite",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Final, Generic, TypeVar
@@ -10,7 +11,16 @@ from typing import Any, Final, Generic, TypeVar
 from coordlib.errors import UsageError, invariant
 from coordlib.txn.gtid import BranchName, resource_tag
 
-__all__ = ["Flow", "IdleConnections", "ResourceBase", "ResourceBusy", "arun", "missing_driver", "run"]
+__all__ = [
+    "Failures",
+    "Flow",
+    "IdleConnections",
+    "ResourceBase",
+    "ResourceBusy",
+    "arun",
+    "missing_driver",
+    "run",
+]
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -97,6 +107,54 @@ class IdleConnections(Generic[C]):
         if self._pid != os.getpid():
             # Not closed: that would end the parent's sessions. The lock may be held by a thread that is not here.
             self._pid, self._lock, self._idle = os.getpid(), threading.Lock(), []
+
+
+_SAVEPOINTS: Final = re.compile(
+    r"\s*(?P<verb>SAVEPOINT|ROLLBACK\s+(?:(?:WORK|TRANSACTION)\s+)?TO|RELEASE)\s+(?:SAVEPOINT\s+)?"
+    r"(?P<name>`[^`]+`|\"[^\"]+\"|\[[^\]]+\]|\w+)",
+    re.IGNORECASE,
+)
+
+
+class Failures:
+    """
+    Which failed statements of a transaction have not been undone by going back to a savepoint from before them: for
+    databases that roll a failed statement back alone and go on.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self._savepoints: list[str] = []
+        self._failed_at = 0  # how many savepoints there were
+
+    def note(self, error: Exception) -> None:
+        """A statement failed."""
+        if self.error is None:
+            self.error, self._failed_at = error, len(self._savepoints)
+
+    def statement(self, sql: str) -> None:
+        """A statement succeeded."""
+        found = _SAVEPOINTS.match(sql)
+        if found is None:
+            return
+        verb, name = found["verb"].upper(), found["name"].strip('`"[]').lower()
+        if verb == "SAVEPOINT":
+            self._savepoints.append(name)
+        elif name in self._savepoints:
+            # The last of this name, and those after it.
+            position = len(self._savepoints) - 1 - self._savepoints[::-1].index(name)
+            del self._savepoints[position + (verb != "RELEASE") :]
+            if verb != "RELEASE" and self.error is not None and self._failed_at > position:
+                self.error = None
+
+    def problem(self) -> str | None:
+        """Why the transaction must not commit."""
+        if self.error is None:
+            return None
+        return (
+            f"a statement failed in it ({self.error}), though its error went no further; to go on after an error, have "
+            "the statement in a savepoint and roll back to it"
+        )
 
 
 class ResourceBase:

@@ -35,7 +35,13 @@ from coordlib.txn.gtid import (
     parse_gtrid,
     text_of,
 )
-from coordlib.txn.resources.common import IdleConnections, ResourceBase, ResourceBusy, missing_driver
+from coordlib.txn.resources.common import (
+    Failures,
+    IdleConnections,
+    ResourceBase,
+    ResourceBusy,
+    missing_driver,
+)
 
 try:
     import pymysql
@@ -78,10 +84,6 @@ _WRITES: Final = (
 _SESSION: Final = (
     "SELECT @@in_transaction, @@innodb_lock_wait_timeout, @@lock_wait_timeout, @@max_statement_time"
 )
-_SAVEPOINTS: Final = re.compile(
-    r"\s*(?P<verb>SAVEPOINT|ROLLBACK\s+(?:WORK\s+)?TO|RELEASE\s+SAVEPOINT)\s+(?:SAVEPOINT\s+)?(?P<name>`[^`]+`|\w+)",
-    re.IGNORECASE,
-)
 
 
 class _Limits(NamedTuple):
@@ -98,6 +100,7 @@ class MariaDB(ResourceBase):
 
     Args:
         name: The same on every node that reaches this database.
+        connect: Makes a connection; instead of `parameters`.
         configure: Called with each new connection.
         idle_max: How many connections are kept.
         has_markers: Whether branches that wrote leave a row in the table `coordlib_tx`, which `open` creates if it is
@@ -111,6 +114,7 @@ class MariaDB(ResourceBase):
         self,
         name: str,
         *,
+        connect: Callable[[], _Connection] | None = None,
         configure: Callable[[_Connection], object] | None = None,
         idle_max: int = 8,
         has_markers: bool = True,
@@ -123,6 +127,7 @@ class MariaDB(ResourceBase):
                 f"'autocommit' is not for parameters of {name!r}: transactions are ours to begin"
             )
         self._parameters = parameters
+        self._new = connect or (lambda: pymysql.connect(**parameters))
         self._configure = configure
         self._has_markers = has_markers
         self._is_durable = is_durable
@@ -304,14 +309,15 @@ class MariaDB(ResourceBase):
         return f"X'{gtrid.encode().hex()}',X'{branch.encode().hex()}',{FORMAT_ID}"
 
     def _connect(self) -> _Connection:
-        # Autocommit: XA START is refused in a transaction, and without it any SELECT begins one.
-        connection: _Connection = pymysql.connect(autocommit=True, **self._parameters)
-        if self._configure is not None:
-            try:
+        connection = self._new()
+        try:
+            # XA START is refused in a transaction, and without autocommit any SELECT begins one.
+            connection.autocommit(True)
+            if self._configure is not None:
                 self._configure(connection)
-            except BaseException:
-                _close(connection)
-                raise
+        except BaseException:
+            _close(connection)
+            raise
         return connection
 
     def _with_connection(self, work: Callable[[_Connection], T]) -> T:
@@ -558,15 +564,13 @@ class MariaDBBranch:
 
 
 class _Watch:
-    """Sees the statements of a connection, and which errors have not been undone by going back to a savepoint."""
+    """Sees the statements of a connection."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
         self._query = connection.query
         self._next_result = connection.next_result
-        self._savepoints: list[str] = []
-        self._failed_at = -1  # how many savepoints there were when a statement failed
-        self.error: pymysql.MySQLError | None = None
+        self._failures = Failures()
         connection.query = self._watched_query  # type: ignore[method-assign]
         connection.next_result = self._watched_next_result  # type: ignore[method-assign]
 
@@ -575,52 +579,28 @@ class _Watch:
         for name in ("query", "next_result"):
             self._connection.__dict__.pop(name, None)
 
+    @property
+    def error(self) -> Exception | None:
+        return self._failures.error
+
     def problem(self) -> str | None:
-        if not self._connection.open:
-            return "its connection is lost"
-        if self._failed_at >= 0:
-            return (
-                f"a statement failed in it ({_text(self.error)}), though its error went no further; to go on after an "
-                "error, have the statement in a savepoint and roll back to it"
-            )
-        return None
+        return self._failures.problem() if self._connection.open else "its connection is lost"
 
     def _watched_query(self, sql: str | bytes, unbuffered: bool = False) -> int:
         try:
             result = self._query(sql, unbuffered)
         except pymysql.MySQLError as exc:
-            self._note(exc)
+            self._failures.note(exc)
             raise
-        text = sql.decode("latin-1") if isinstance(sql, bytes | bytearray) else sql
-        found = _SAVEPOINTS.match(text)
-        if found is not None:
-            self._savepoint(found["verb"].upper().split()[0], found["name"].strip("`").lower())
+        self._failures.statement(sql.decode("latin-1") if isinstance(sql, bytes | bytearray) else sql)
         return result
 
     def _watched_next_result(self, unbuffered: bool = False) -> int:
         try:
             return self._next_result(unbuffered)
         except pymysql.MySQLError as exc:
-            self._note(exc)
+            self._failures.note(exc)
             raise
-
-    def _note(self, error: pymysql.MySQLError) -> None:
-        if self._failed_at < 0:
-            self._failed_at, self.error = len(self._savepoints), error
-
-    def _savepoint(self, verb: str, name: str) -> None:
-        if verb == "SAVEPOINT":
-            if name in self._savepoints:
-                self._savepoints.remove(name)
-            self._savepoints.append(name)
-            return
-        position = self._savepoints.index(name)
-        if verb == "RELEASE":
-            del self._savepoints[position]
-        else:
-            del self._savepoints[position + 1 :]
-            if self._failed_at > position:
-                self._failed_at, self.error = -1, None
 
 
 def _execute(connection: _Connection, sql: str, parameters: Any = None) -> Cursor:

@@ -105,6 +105,7 @@ class PostgreSQL(ResourceBase):
         name: The same on every node that reaches this database.
         conninfo: As `psycopg.connect` takes it. The same user on every node: only the owner of a prepared
             transaction, or a superuser, can end it.
+        connect: Makes a connection, not in autocommit mode; instead of `conninfo` and `parameters`.
         configure: Called with each new connection, in a transaction of its own; not for asynchronous ones.
         idle_max: How many connections are kept.
         is_durable: False accepts a server with `fsync` off, which breaks promises when it loses power.
@@ -116,6 +117,7 @@ class PostgreSQL(ResourceBase):
         name: str,
         conninfo: str = "",
         *,
+        connect: Callable[[], psycopg.Connection[Any]] | None = None,
         configure: Callable[[psycopg.Connection[Any]], object] | None = None,
         idle_max: int = 8,
         is_durable: bool = True,
@@ -129,6 +131,7 @@ class PostgreSQL(ResourceBase):
                 )
         self._conninfo = conninfo
         self._parameters = parameters
+        self._new = connect or (lambda: psycopg.connect(conninfo, **parameters))
         self._configure = configure
         self._is_durable = is_durable
         self._idle: IdleConnections[psycopg.Connection[Any]] = IdleConnections(
@@ -272,6 +275,21 @@ class PostgreSQL(ResourceBase):
         await arun(branch._begin_gen())
         return branch
 
+    def drive(
+        self,
+        connection: psycopg.Connection[Any],
+        gtid: bytes,
+        bqual: bytes,
+        remaining_s: Callable[[], float],
+    ) -> PostgreSQLBranch:
+        """
+        As `enlist`, for a library that begins and ends transactions in its own way: the driver's methods stay open to
+        it. It must not let the application end this one.
+        """
+        branch = PostgreSQLBranch(self, connection, gtid, bqual, remaining_s, is_ours=False, is_driven=True)
+        run(branch._begin_gen())
+        return branch
+
     # -- recovery -------------------------------------------------------------
 
     def prepared(self) -> list[PreparedBranch]:
@@ -310,7 +328,7 @@ class PostgreSQL(ResourceBase):
     # -- connections ----------------------------------------------------------
 
     def _connect(self) -> psycopg.Connection[Any]:
-        connection: psycopg.Connection[Any] = psycopg.connect(self._conninfo, **self._parameters)
+        connection = self._new()
         if self._configure is not None:
             try:
                 self._configure(connection)
