@@ -4,7 +4,8 @@ Nothing is shared with a server that the machine may run already: own directory,
 configuration file read. Run by root, a server runs as the unprivileged user its package made, else as `nobody`.
 A server dies with the process that started it, however that one ends.
 
-What survives a `kill` is what a server survives when its process dies: the operating system goes on.
+What survives a `kill` is what a server survives when its process dies: the operating system goes on. So servers do not
+wait for the disk, which they would ask often; resources over them say `is_durable=False`.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class PostgreSQLServer(DatabaseServer):
         self._binaries = _postgresql_binaries()
         self._settings: dict[str, str | int] = {
             "max_prepared_transactions": 16,
+            "fsync": "off",
             "dynamic_shared_memory_type": "mmap",  # in the directory, not in /dev/shm
             **settings,
         }
@@ -236,6 +238,7 @@ class MariaDBServer(DatabaseServer):
             "--skip-networking",
             "--skip-name-resolve",
             "--innodb-log-file-size=8M",
+            "--innodb-flush-log-at-trx-commit=2",
             "--innodb-buffer-pool-size=32M",
             *self._options,
         ]

@@ -65,7 +65,7 @@ def look(mariadb_server: MariaDBServer) -> Iterator[Connection]:
 
 @pytest.fixture
 def options(mariadb_server: MariaDBServer) -> dict[str, Any]:
-    return mariadb_server.options("shop")
+    return {**mariadb_server.options("shop"), "is_durable": False}
 
 
 @pytest.fixture
@@ -83,6 +83,12 @@ def _written(resource: MariaDB, names: Names, name: str = "a") -> MariaDBBranch:
     branch = _begin(resource, names)
     _sql(branch.connection, "INSERT INTO account VALUES (%s, 1)", name)
     return branch
+
+
+def _connect(options: dict[str, Any], **more: Any) -> Connection:
+    parameters = {name: value for name, value in options.items() if name != "is_durable"}
+    connection: Connection = pymysql.connect(**parameters, **more)
+    return connection
 
 
 def _thread(connection: Connection) -> int:
@@ -277,7 +283,7 @@ def test_limits_only_ever_shorten_and_are_put_back(
 ) -> None:
     """The application's own are shorter, or there again afterwards; so are its connection's other settings."""
     question = "SELECT @@innodb_lock_wait_timeout AS a, @@lock_wait_timeout AS b, @@max_statement_time AS c"
-    with pymysql.connect(**options, cursorclass=DictCursor) as own:
+    with _connect(options, cursorclass=DictCursor) as own:
         _sql(own, "SET innodb_lock_wait_timeout = 3")
         before = _sql(own, question)
         own.commit()
@@ -294,7 +300,7 @@ def test_limits_only_ever_shorten_and_are_put_back(
 def test_connections_that_cannot_be_enlisted(options: dict[str, Any], stock: MariaDB, names: Names) -> None:
     """In a transaction, or not of PyMySQL's."""
     arguments = (names.gtid(), names.bqual("stock"), names.remaining_s)
-    with pymysql.connect(**options) as own:
+    with _connect(options) as own:
         _sql(own, "SELECT * FROM account")
         with pytest.raises(UsageError, match="in a transaction of its own"):
             stock.enlist(own, *arguments)
@@ -354,7 +360,7 @@ def test_only_ours_are_found(options: dict[str, Any], stock: MariaDB, names: Nam
         foreign.append((other, branch))
     people = []
     for xid in ("'mine','',7", "X'FF00',X'FF',1129271876", "'0123','4567',1129271876"):
-        own = pymysql.connect(**options, autocommit=True)
+        own = _connect(options, autocommit=True)
         people.append((own, xid))
         _sql(own, f"XA START {xid}")
         _sql(own, "INSERT INTO account VALUES (%s, 1)", xid)
@@ -605,15 +611,8 @@ def test_settings_and_privileges_that_are_missing(
     options: dict[str, Any], names: Names, look: Connection
 ) -> None:
     """Each message names what to set or to run, and what to say if one will not."""
-    _sql(look, "SET GLOBAL innodb_flush_log_at_trx_commit = 2")
-    try:
-        with pytest.raises(ConfigError, match="innodb_flush_log_at_trx_commit = 2"):
-            MariaDB("stock", **options).open(names.cluster)
-        relaxed = MariaDB("stock", **options, is_durable=False)
-        relaxed.open(names.cluster)
-        relaxed.close()
-    finally:
-        _sql(look, "SET GLOBAL innodb_flush_log_at_trx_commit = 1")
+    with pytest.raises(ConfigError, match="innodb_flush_log_at_trx_commit = 2"):
+        MariaDB("stock", **{**options, "is_durable": True}).open(names.cluster)
     with pytest.raises(ConfigError, match="no database selected"):
         MariaDB("stock", **{**options, "database": None}).open(names.cluster)
     _sql(look, "CREATE OR REPLACE USER clerk IDENTIFIED BY ''")

@@ -36,7 +36,7 @@ def look(postgresql_server: PostgreSQLServer) -> Iterator[psycopg.Connection[Any
     """An onlooker's connection; the table is empty and nothing is prepared, before and after."""
     with psycopg.connect(postgresql_server.dsn(), autocommit=True) as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS account (name text PRIMARY KEY, amount int NOT NULL)")
-        connection.execute("TRUNCATE account")
+        connection.execute("DELETE FROM account")
         yield connection
     with psycopg.connect(
         postgresql_server.dsn(), autocommit=True
@@ -51,7 +51,7 @@ def look(postgresql_server: PostgreSQLServer) -> Iterator[psycopg.Connection[Any
 def orders(
     postgresql_server: PostgreSQLServer, names: Names, look: psycopg.Connection[Any]
 ) -> Iterator[PostgreSQL]:
-    with contextlib.closing(PostgreSQL("orders", postgresql_server.dsn())) as resource:
+    with contextlib.closing(PostgreSQL("orders", postgresql_server.dsn(), is_durable=False)) as resource:
         resource.open(names.cluster)
         yield resource
 
@@ -346,7 +346,7 @@ def test_another_process_finishes_what_a_dead_one_prepared(
     branch = _written(orders, names)
     branch.prepare()
     branch.connection.close()
-    with contextlib.closing(PostgreSQL("orders", orders._conninfo)) as elsewhere:
+    with contextlib.closing(PostgreSQL("orders", orders._conninfo, is_durable=False)) as elsewhere:
         elsewhere.open(names.cluster)
         (found,) = elsewhere.prepared()
         assert elsewhere.finish(found, True) is Finish.DONE
@@ -362,7 +362,7 @@ def test_only_ours_are_found(orders: PostgreSQL, names: Names, look: psycopg.Con
     ours.prepare()
     foreign = []
     for resource, cluster in (("orders", cluster_tag("other")), ("stock", names.cluster)):
-        other = PostgreSQL(resource, orders._conninfo)
+        other = PostgreSQL(resource, orders._conninfo, is_durable=False)
         other.open(cluster)
         branch = other.begin(names.gtid(), names.bqual(resource), names.remaining_s)
         branch.connection.execute("INSERT INTO account VALUES (%s, 1)", (resource,))
@@ -374,7 +374,9 @@ def test_only_ours_are_found(orders: PostgreSQL, names: Names, look: psycopg.Con
             own.execute(f"PREPARE TRANSACTION '{gid.replace(chr(39), chr(39) * 2)}'")
     look.execute("DROP DATABASE IF EXISTS elsewhere")
     look.execute("CREATE DATABASE elsewhere")
-    elsewhere = PostgreSQL("orders", orders._conninfo.replace("dbname=postgres", "dbname=elsewhere"))
+    elsewhere = PostgreSQL(
+        "orders", orders._conninfo.replace("dbname=postgres", "dbname=elsewhere"), is_durable=False
+    )
     elsewhere.open(names.cluster)
     far = _begin(elsewhere, names)
     far.connection.execute("CREATE TABLE t (i int)")
@@ -644,7 +646,7 @@ def test_a_server_that_prepares_nothing_is_refused_at_once(
     names: Names, postgresql_server: PostgreSQLServer
 ) -> None:
     """Its default: the message names the setting, not the first transaction's failure a day later."""
-    with PostgreSQLServer(max_prepared_transactions=0, fsync="off") as server:
+    with PostgreSQLServer(max_prepared_transactions=0) as server:
         resource = PostgreSQL("orders", server.dsn())
         with pytest.raises(ConfigError, match="max_prepared_transactions = 0"):
             resource.open(names.cluster)
@@ -678,7 +680,7 @@ def test_somebody_elses_branch_cannot_be_ended(
     (found,) = orders.prepared()
     look.execute("DROP ROLE IF EXISTS clerk")
     look.execute("CREATE ROLE clerk LOGIN")
-    weak = PostgreSQL("orders", orders._conninfo.replace("user=coordlib", "user=clerk"))
+    weak = PostgreSQL("orders", orders._conninfo.replace("user=coordlib", "user=clerk"), is_durable=False)
     with contextlib.closing(weak):
         weak.open(names.cluster)
         assert weak.prepared() == [found]

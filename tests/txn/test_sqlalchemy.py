@@ -52,7 +52,7 @@ def orders(engine: Engine, names: Names) -> Iterator[SQLAlchemy]:
     with Session(engine) as session:
         session.execute(text("DELETE FROM customer_order"))
         session.commit()
-    with contextlib.closing(SQLAlchemy("orders", engine)) as resource:
+    with contextlib.closing(SQLAlchemy("orders", engine, is_durable=False)) as resource:
         resource.open(names.cluster)
         yield resource
         assert resource.prepared() == []
