@@ -252,6 +252,7 @@ class Machine:
             QueryCode.TX_LIST: transactions.listing,
             QueryCode.TX_HEURISTICS: transactions.heuristics_listing,
             QueryCode.TIME: self._time,
+            QueryCode.TX_READ: self._tx_read,
             QueryCode.SERVICES: services.query,
         }
 
@@ -478,6 +479,9 @@ class Machine:
 
     def _tx_state(self, args: list[Any]) -> tuple[Any, ...]:
         return self._transactions.state(args, self.log_time_ms)
+
+    def _tx_read(self, args: list[Any]) -> tuple[Any, ...]:
+        return (*self._maps.read_with(args), self.applied_index)
 
     def _time(self, _args: list[Any]) -> tuple[Any, ...]:
         return (0, self.log_time_ms)

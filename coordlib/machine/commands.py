@@ -92,6 +92,7 @@ __all__ = [
     "query_time",
     "query_tx_heuristics",
     "query_tx_list",
+    "query_tx_read",
     "query_tx_state",
     "record_disk",
     "release",
@@ -164,6 +165,7 @@ class QueryCode(IntEnum):
     TX_LIST = 65
     TX_HEURISTICS = 66
     TIME = 67
+    TX_READ = 68
     SERVICES = 72
 
 
@@ -318,6 +320,7 @@ _QUERIES: dict[int, tuple[arg.Check, ...]] = {
     QueryCode.TX_LIST: (arg.code, arg.optional(arg.identity16), arg.uint, arg.truth),
     QueryCode.TX_HEURISTICS: (arg.code, arg.optional(arg.record(arg.identity16, arg.branch_name)), arg.uint),
     QueryCode.TIME: (arg.code,),
+    QueryCode.TX_READ: (arg.code, arg.name, arg.map_key, arg.listed(_CONDITION, "tx_conditions_max")),
     QueryCode.SERVICES: (
         arg.code,
         arg.optional(arg.word),
@@ -811,6 +814,15 @@ def query_tx_heuristics(after: tuple[bytes, bytes] | None = None, limit: int = 1
 def query_time() -> bytes:
     """-> [log_time of the last entry in ms]."""
     return encode((QueryCode.TIME.value,))
+
+
+def query_tx_read(map_name: bytes, key: bytes, conditions: Iterable[Condition] = ()) -> bytes:
+    """
+    -> [failed condition or -1, value or None, its mod_revision or 0, the map's revision or 0, revision of now].
+
+    All of it at one moment: what a transaction reads is consistent with what it read before if that still holds.
+    """
+    return encode((QueryCode.TX_READ.value, map_name, key, list(conditions)))
 
 
 def query_services(

@@ -293,6 +293,19 @@ class Maps:
             return (0, None, 0, 0, 0)
         return (0, record[_PREFIX:], *_unpack_from(record))
 
+    def read_with(self, args: list[Any]) -> Result:
+        """A key with its revision and the map's, and whether the conditions hold, all at one moment."""
+        _, name, key, conditions = args
+        record = self._record(name, key)
+        found = self.maps.get(name)
+        return (
+            0,
+            self.failed_condition(conditions),
+            None if record is None else record[_PREFIX:],
+            0 if record is None else _unpack_from(record)[1],
+            0 if found is None else found.revision,
+        )
+
     def contains(self, args: list[Any]) -> Result:
         return (0, self._record(args[1], args[2]) is not None)
 

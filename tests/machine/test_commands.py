@@ -85,6 +85,7 @@ QUERIES: dict[QueryCode, bytes] = {
     QueryCode.TX_LIST: commands.query_tx_list(NONCE, 10, True),
     QueryCode.TX_HEURISTICS: commands.query_tx_heuristics((NONCE, b"branch"), 10),
     QueryCode.TIME: commands.query_time(),
+    QueryCode.TX_READ: commands.query_tx_read(b"map", b"key", [commands.key_is_at(b"map", b"key", 3)]),
     QueryCode.SERVICES: commands.query_services("inventory", ("inventory", 3), 10),
 }
 LIMITS = Limits()

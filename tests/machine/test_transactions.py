@@ -674,3 +674,17 @@ def test_a_restored_machine_remembers_and_forgets_as_the_others_do() -> None:
             each.machine.check_invariants()
         assert driver.machine.digest() == copy.machine.digest()
     assert driver.replay(driver.machine.limits).digest() == driver.machine.digest()
+
+
+def test_a_transaction_reads_at_one_moment() -> None:
+    """The value, its revision, the map's and the log's, and whether what was read before still holds."""
+    driver = Driver()
+    session = driver.open()
+    (first,) = driver.run(session, commands.map_put(b"m", b"a", b"1", None))
+    (second,) = driver.run(session, commands.map_put(b"m", b"b", b"2", None))
+    read = commands.key_is_at(b"m", b"a", first)
+    assert driver.ask(commands.query_tx_read(b"m", b"b", [read])) == [-1, b"2", second, second, second]
+    assert driver.ask(commands.query_tx_read(b"m", b"c")) == [-1, None, 0, second, second]
+    (third,) = driver.run(session, commands.map_put(b"m", b"a", b"3", None))
+    assert driver.ask(commands.query_tx_read(b"m", b"b", [read])) == [0, b"2", second, third, third]
+    assert driver.ask(commands.query_tx_read(b"none", b"b")) == [-1, None, 0, 0, third]
