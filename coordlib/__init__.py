@@ -5,6 +5,7 @@ from coordlib.api.codec import Codec
 from coordlib.api.ids import AsyncIds, Ids
 from coordlib.api.locks import AsyncLock, Grant, GrantState, Lock, LockInfo
 from coordlib.api.maps import ABSENT, AsyncMap, Map, VersionedValue
+from coordlib.api.transactions import AsyncTransaction, Transaction
 from coordlib.errors import (
     AuthenticationError,
     CallLost,
@@ -62,6 +63,7 @@ __all__ = [
     "AsyncIds",
     "AsyncLock",
     "AsyncMap",
+    "AsyncTransaction",
     "AuthenticationError",
     "CallLost",
     "CallTimeout",
@@ -116,6 +118,7 @@ __all__ = [
     "Term",
     "Token",
     "TooManyLastResources",
+    "Transaction",
     "TransactionAborted",
     "TransactionConflict",
     "TransactionOutcomeUnknown",

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import os
 import secrets as random_secrets
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, ParamSpec, Self, TypeVar, cast
 
+from coordlib.api import transactions
 from coordlib.api.codec import Codec
+from coordlib.api.coordinator import Coordinator
 from coordlib.api.grants import Grants
 from coordlib.api.ids import AsyncIds, Ids, window_milliseconds
 from coordlib.api.locks import AsyncLock, GrantCallback, Lock
 from coordlib.api.maps import AsyncMap, Map
+from coordlib.api.transactions import AsyncTransaction, Options, Transaction
 from coordlib.config import (
     ClientSettings,
     MemberSettings,
@@ -36,13 +40,17 @@ from coordlib.storage.files import PosixFileSystem
 from coordlib.storage.memory import MemoryStorage
 from coordlib.storage.segments import SegmentStorage
 from coordlib.transport.registry import find_transport
+from coordlib.txn.branches import Resource
+from coordlib.txn.gtid import cluster_tag
 from coordlib.wire.keys import ClusterKeys, generate_secret
 
 __all__ = ["AsyncCluster", "Cluster", "connect", "connect_async", "local"]
 
 P = ParamSpec("P")
+R = TypeVar("R", bound=Resource)
 T = TypeVar("T")
 AnyIds = TypeVar("AnyIds", Ids, AsyncIds)
+log = logging.getLogger("coordlib")
 CLOSE_TIMEOUT_SECONDS: Final = 5.0
 RETURN_MS: Final = 1000
 """A closing handle waits this long for its windows of ids to be taken back: they lapse by themselves anyway."""
@@ -124,11 +132,12 @@ class _Handle:
         if isolation == "process":
             if settings.data_dir is None or transport != "zmq":
                 raise ConfigError("isolation='process' needs a data_dir and transport='zmq'")
-            self._setup(lambda: ProcessDriver(settings), timing)
+            self._setup(lambda: ProcessDriver(settings), timing, name)
         else:
-            self._setup(lambda: MemberDriver(settings, lambda: _storage_of(settings)), timing)
+            self._setup(lambda: MemberDriver(settings, lambda: _storage_of(settings)), timing, name)
 
-    def _setup(self, make_driver: Callable[[], Driver], timing: Timing) -> None:
+    def _setup(self, make_driver: Callable[[], Driver], timing: Timing, cluster_name: str) -> None:
+        self._cluster_name = cluster_name
         self._make_driver = make_driver
         self._request_timeout_ms = timing.request_timeout_ms
         self._driver: Driver | None = None
@@ -136,12 +145,14 @@ class _Handle:
         self._pid = os.getpid()
         self._lifecycle = threading.Lock()
         self._grants = Grants()
+        self._made_coordinator: Coordinator | None = None
+        self._tasks: dict[asyncio.Future[None], None] = {}
         self._generators: dict[str, Any] = {}  # of ids, by name; all of them of this handle's flavour
 
     @classmethod
-    def _of(cls, make_driver: Callable[[], Driver], timing: Timing) -> Self:
+    def _of(cls, make_driver: Callable[[], Driver], timing: Timing, cluster_name: str = "local") -> Self:
         self = cls.__new__(cls)
-        self._setup(make_driver, timing)
+        self._setup(make_driver, timing, cluster_name)
         return self
 
     @classmethod
@@ -189,6 +200,8 @@ class _Handle:
     def _leave(self, driver: Driver, timeout_seconds: float) -> None:
         """Give back what was taken from others, within the timeout; then stop the node. Never raises."""
         began = monotonic_ms()
+        if self._made_coordinator is not None:
+            self._made_coordinator.close(min(1.0, timeout_seconds))
         deadline = began + min(RETURN_MS, max(0, round(timeout_seconds * 1000)))
         generators = list(self._generators.values())
         for ids in generators:
@@ -198,6 +211,30 @@ class _Handle:
                 run(cast(Engine, driver), ids._return_gen(deadline))
         finally:
             driver.stop(max(0.0, timeout_seconds - (monotonic_ms() - began) / 1000))
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        """Of this handle's transactions; made by the first who needs it."""
+        found = self._made_coordinator
+        if found is None:
+            self._check_process()
+            with self._lifecycle:
+                found = self._made_coordinator
+                if found is None:
+                    found = self._made_coordinator = Coordinator(
+                        lambda operation: run(self._engine, operation),
+                        self._begin,
+                        lambda: self._engine.view.session_id,
+                        self._request_timeout_ms,
+                    )
+        return found
+
+    def _register(self, resource: R) -> R:
+        self._engine  # noqa: B018  # raises if the handle cannot be used
+        if hasattr(resource, "open"):
+            resource.open(cluster_tag(self._cluster_name))
+        self._coordinator.register(resource)
+        return resource
 
     def _begin(self, operation: OpGen[None]) -> None:
         """Run an operation in the background."""
@@ -369,6 +406,74 @@ class Cluster(_Handle):
         """
         return self._ids(functools.partial(Ids, self), name, layout, window)
 
+    def transaction(
+        self,
+        *,
+        timeout: float = 5.0,
+        isolation: str = "serializable",
+        ack: str = "applied",
+        read_only: bool = False,
+        propagation: str = "join",
+    ) -> Transaction:
+        """
+        A transaction over this handle's maps, registered databases and locks: all of it is committed, or nothing.
+
+        Maps are read at one revision in it and written when it commits. Databases keep their own isolation: the
+        whole is atomic, not isolated.
+
+        Args:
+            timeout: Seconds after which nothing is decided any more: it is aborted then.
+            isolation: "serializable": commits only if nothing that was read in maps has changed; "snapshot": only
+                if nothing that it writes has changed since it was read.
+            ack: "applied": the block ends when every database has obeyed; "decided": as soon as it is decided that
+                they will.
+            read_only: Writing to a map is refused.
+            propagation: Within another transaction "join" it, or be another one ("requires_new"); "mandatory" and
+                "never" refuse to be outside and inside of one.
+
+        The end of the block raises what `coordlib.txn.commit.commit_gen` does: TransactionAborted, its subclass
+        TransactionConflict, TransactionOutcomeUnknown, HeuristicOutcome.
+        """
+        return Transaction(self, Options.of(timeout, isolation, ack, read_only, propagation))
+
+    def transactional(
+        self,
+        *,
+        timeout: float = 5.0,
+        retries: int = 3,
+        isolation: str = "serializable",
+        ack: str = "applied",
+        read_only: bool = False,
+        propagation: str = "join",
+    ) -> Callable[[Callable[P, T]], Callable[P, T]]:
+        """
+        Decorate a function to run in a transaction, and again, so many times at most, if it met a conflict.
+
+        See `transaction`. A function that is called within another transaction joins it, and its conflicts are that
+        one's.
+
+        Raises:
+            FlavourError: When decorating an `async def` or a generator.
+        """
+        options = Options.of(timeout, isolation, ack, read_only, propagation)
+        checked = transactions.check_retries(retries)
+        return transactions.decorate(lambda: Transaction(self, options), lambda: self._coordinator, checked)
+
+    def resource(self, resource: R) -> R:
+        """
+        Register a database (see `coordlib.txn.resources`), and have what is prepared in it finished from here.
+
+        Do so in every process that uses it, at its start. Returns the resource.
+
+        Raises:
+            UsageError: Another one of that name is registered.
+        """
+        return self._register(resource)
+
+    def outcome(self, gtid: bytes) -> str:
+        """What became of a transaction: "committed", "aborted", "none" (not decided yet) or "unknown" (too old)."""
+        return self._run(transactions.outcome_gen(gtid, self._request_timeout_ms))
+
     def stats(self) -> dict[str, Any]:
         """How this node is: role, term, indexes, members, sessions, counters. Keys are stable, more may come."""
         return _driver_of(self).stats()
@@ -453,6 +558,59 @@ class AsyncCluster(_Handle):
     def ids(self, name: str = "default", *, layout: Layout | None = None, window: float = 60.0) -> AsyncIds:
         """The generator of ids of this name, for tasks. See `Cluster.ids`."""
         return self._ids(functools.partial(AsyncIds, self), name, layout, window)
+
+    def transaction(
+        self,
+        *,
+        timeout: float = 5.0,
+        isolation: str = "serializable",
+        ack: str = "applied",
+        read_only: bool = False,
+        propagation: str = "join",
+    ) -> AsyncTransaction:
+        """A transaction for `async with`. See `Cluster.transaction`."""
+        return AsyncTransaction(self, Options.of(timeout, isolation, ack, read_only, propagation))
+
+    def transactional(
+        self,
+        *,
+        timeout: float = 5.0,
+        retries: int = 3,
+        isolation: str = "serializable",
+        ack: str = "applied",
+        read_only: bool = False,
+        propagation: str = "join",
+    ) -> Callable[[Callable[P, T]], Callable[P, T]]:
+        """
+        Decorate an `async def` to run in a transaction. See `Cluster.transactional`.
+
+        Raises:
+            FlavourError: When decorating a plain function or a generator.
+        """
+        options = Options.of(timeout, isolation, ack, read_only, propagation)
+        checked = transactions.check_retries(retries)
+        return transactions.adecorate(
+            lambda: AsyncTransaction(self, options), lambda: self._coordinator, checked
+        )
+
+    async def resource(self, resource: R) -> R:
+        """See `Cluster.resource`."""
+        return await asyncio.to_thread(self._register, resource)
+
+    async def outcome(self, gtid: bytes) -> str:
+        """See `Cluster.outcome`."""
+        return await self._arun(transactions.outcome_gen(gtid, self._request_timeout_ms))
+
+    def _background(self, operation: OpGen[None]) -> None:
+        """Run it in a task of this loop, for which nobody waits."""
+        task = asyncio.ensure_future(self._arun(operation))
+        self._tasks[task] = None
+        task.add_done_callback(self._background_ended)
+
+    def _background_ended(self, task: asyncio.Future[None]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("a transaction's end: %s", task.exception(), extra={"event": "transaction.left"})
 
     async def stats(self) -> dict[str, Any]:
         """See `Cluster.stats`."""
@@ -551,7 +709,7 @@ def connect(
     made = _client_driver(
         endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, drift_bound, name
     )
-    return Cluster._of(*made)
+    return Cluster._of(*made, cluster)
 
 
 def connect_async(
@@ -570,7 +728,7 @@ def connect_async(
     made = _client_driver(
         endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, drift_bound, name
     )
-    return AsyncCluster._of(*made)
+    return AsyncCluster._of(*made, cluster)
 
 
 def _local_driver() -> tuple[Callable[[], Driver], Timing]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from coordlib.api.codec import CANONICAL, Codec, decode_key, encode_key, encode_name
 from coordlib.api.guards import Guard, guard_of
-from coordlib.errors import KeyMissing, RevisionCompacted, UsageError
+from coordlib.api.overlay import Overlay, current_overlay, pages_gen
+from coordlib.errors import KeyExists, KeyMissing, UsageError
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import OpGen, Step
@@ -25,7 +26,6 @@ __all__ = ["AsyncMap", "Map", "VersionedValue"]
 
 T = TypeVar("T")
 _MISSING: Final[Any] = object()
-SCAN_ATTEMPTS_MAX: Final = 5
 
 
 class VersionedValue(NamedTuple):
@@ -45,6 +45,7 @@ class _MapBase:
         self._name = encode_name(name, "map")
         self._codec = codec or CANONICAL
         self._timeout_ms = request_timeout_ms
+        self._handle: object = None  # the cluster that a transaction must be of, to be this map's
 
     def _encode(self, value: Any) -> bytes:
         data = self._codec.encode(value)
@@ -61,11 +62,25 @@ class _MapBase:
         reply = yield Step(kind, body, monotonic_ms() + self._timeout_ms)
         return commands.decode_reply(reply)
 
+    def _overlay(self) -> Overlay | None:
+        """Of the transaction that the caller is in: everything is read through it and written to it then."""
+        found = current_overlay.get()
+        return None if found is None or found[0] is not self._handle else found[1]
+
+    def _own_gen(self, overlay: Overlay, key: bytes) -> OpGen[bytes | None]:
+        return (yield from overlay.get_gen(self._name, key, monotonic_ms() + self._timeout_ms))
+
     def _missing(self, key: Any) -> KeyMissing:
         return KeyMissing(f"key {key!r} is not in map {self.name!r}", key=key)
 
     def _get_gen(self, key: Any, default: Any, *, is_stale: bool = False) -> OpGen[Any]:
-        (found,) = yield from self._query(commands.query_get(self._name, encode_key(key)), is_stale=is_stale)
+        overlay = None if is_stale else self._overlay()
+        if overlay is not None:
+            found = yield from self._own_gen(overlay, encode_key(key))
+        else:
+            (found,) = yield from self._query(
+                commands.query_get(self._name, encode_key(key)), is_stale=is_stale
+            )
         if found is None:
             if default is _MISSING:
                 raise self._missing(key)
@@ -73,6 +88,8 @@ class _MapBase:
         return self._codec.decode(found)
 
     def _get_versioned_gen(self, key: Any) -> OpGen[VersionedValue | None]:
+        if self._overlay() is not None:
+            raise UsageError("in a transaction a value has no version yet: use get(), or read it before")
         found, create, mod, version = yield from self._query(
             commands.query_get_meta(self._name, encode_key(key))
         )
@@ -81,53 +98,59 @@ class _MapBase:
         return VersionedValue(self._codec.decode(found), Revision(create), Revision(mod), version)
 
     def _contains_gen(self, key: Any) -> OpGen[bool]:
+        overlay = self._overlay()
+        if overlay is not None:
+            return (yield from self._own_gen(overlay, encode_key(key))) is not None
         (found,) = yield from self._query(commands.query_contains(self._name, encode_key(key)))
         return bool(found)
 
     def _len_gen(self) -> OpGen[int]:
+        overlay = self._overlay()
+        if overlay is not None:
+            return len((yield from overlay.scan_gen(self._name, monotonic_ms() + self._timeout_ms)))
         (count,) = yield from self._query(commands.query_len(self._name))
         return int(count)
 
     def _scan_gen(self, *, keys_only: bool = False) -> OpGen[list[Any]]:
         """All keys, or all (key, value) pairs, at one revision."""
-        for attempt in range(SCAN_ATTEMPTS_MAX):
-            found: list[Any] = []
-            after: bytes | None = None
-            expected: int | None = None
-            try:
-                while True:
-                    body = commands.query_range(self._name, after, 1000, 256 * 1024, expected, keys_only)
-                    expected, is_more, flat = yield from self._query(body)
-                    if keys_only:
-                        found.extend(map(decode_key, flat))
-                        last = len(flat) - 1
-                    else:
-                        decode = self._codec.decode
-                        found.extend(
-                            (decode_key(key), decode(value))
-                            for key, value in zip(flat[::2], flat[1::2], strict=True)
-                        )
-                        last = len(flat) - 2
-                    if not is_more:
-                        return found
-                    after = flat[last]
-            except RevisionCompacted:
-                # The revision that the pages belong to is no longer kept (a new leader, or too many changes since).
-                if attempt == SCAN_ATTEMPTS_MAX - 1:
-                    raise
-        raise AssertionError("unreachable")
+        overlay = self._overlay()
+        if overlay is not None:
+            items = yield from overlay.scan_gen(self._name, monotonic_ms() + self._timeout_ms)
+            if keys_only:
+                return [decode_key(key) for key in items]
+            return [(decode_key(key), self._codec.decode(value)) for key, value in items.items()]
+        _, flat = yield from pages_gen(
+            self._name, keys_only=keys_only, deadline_ms=monotonic_ms() + self._timeout_ms
+        )
+        if keys_only:
+            return list(map(decode_key, flat))
+        decode = self._codec.decode
+        return [(decode_key(key), decode(value)) for key, value in zip(flat[::2], flat[1::2], strict=True)]
 
     def _put_gen(self, key: Any, value: Any, guard: Guard | None) -> OpGen[Revision]:
+        overlay = self._overlay()
+        if overlay is not None:
+            overlay.put(self._name, encode_key(key), self._encode(value), guard_of(guard))
+            return Revision(0)
         body = commands.map_put(self._name, encode_key(key), self._encode(value), guard_of(guard))
         (revision,) = yield from self._execute(body)
         return Revision(revision)
 
     def _insert_gen(self, key: Any, value: Any, guard: Guard | None) -> OpGen[Revision]:
+        overlay = self._overlay()
+        if overlay is not None:
+            if (yield from self._own_gen(overlay, encode_key(key))) is not None:
+                raise KeyExists(f"key {key!r} is in map {self.name!r}", key=key)
+            overlay.put(self._name, encode_key(key), self._encode(value), guard_of(guard))
+            return Revision(0)
         body = commands.map_insert(self._name, encode_key(key), self._encode(value), guard_of(guard))
         (revision,) = yield from self._execute(body)
         return Revision(revision)
 
     def _delete_gen(self, key: Any, guard: Guard | None) -> OpGen[bool]:
+        overlay = self._overlay()
+        if overlay is not None:
+            return (yield from self._take_gen(overlay, encode_key(key), guard)) is not None
         (was_there,) = yield from self._execute(
             commands.map_delete(self._name, encode_key(key), guard_of(guard))
         )
@@ -138,8 +161,20 @@ class _MapBase:
         if not was_there:
             raise self._missing(key)
 
+    def _take_gen(self, overlay: Overlay, key: bytes, guard: Guard | None) -> OpGen[bytes | None]:
+        found = yield from self._own_gen(overlay, key)
+        if found is not None:
+            overlay.put(self._name, key, None, guard_of(guard))
+        return found
+
     def _pop_gen(self, key: Any, default: Any, guard: Guard | None) -> OpGen[Any]:
-        (found,) = yield from self._execute(commands.map_pop(self._name, encode_key(key), guard_of(guard)))
+        overlay = self._overlay()
+        if overlay is not None:
+            found = yield from self._take_gen(overlay, encode_key(key), guard)
+        else:
+            (found,) = yield from self._execute(
+                commands.map_pop(self._name, encode_key(key), guard_of(guard))
+            )
         if found is None:
             if default is _MISSING:
                 raise self._missing(key)
@@ -147,12 +182,28 @@ class _MapBase:
         return self._codec.decode(found)
 
     def _popitem_gen(self) -> OpGen[tuple[Any, Any]]:
-        key, value = yield from self._execute(commands.map_popitem(self._name))
-        if key is None:
+        key: bytes | None
+        value: bytes | None
+        overlay = self._overlay()
+        if overlay is not None:
+            items = yield from overlay.scan_gen(self._name, monotonic_ms() + self._timeout_ms)
+            key, value = next(iter(items.items()), (None, None))
+            if key is not None:
+                overlay.put(self._name, key, None)
+        else:
+            key, value = yield from self._execute(commands.map_popitem(self._name))
+        if key is None or value is None:
             raise KeyMissing(f"map {self.name!r} is empty")
         return decode_key(key), self._codec.decode(value)
 
     def _setdefault_gen(self, key: Any, default: Any) -> OpGen[Any]:
+        overlay = self._overlay()
+        if overlay is not None:
+            found = yield from self._own_gen(overlay, encode_key(key))
+            if found is None:
+                found = self._encode(default)
+                overlay.put(self._name, encode_key(key), found)
+            return self._codec.decode(found)
         body = commands.map_setdefault(self._name, encode_key(key), self._encode(default))
         present, _ = yield from self._execute(body)
         return self._codec.decode(present)
@@ -172,23 +223,36 @@ class _MapBase:
             collected[encode_key(name)] = self._encode(value)
         if not collected:
             return None
+        overlay = self._overlay()
+        if overlay is not None:
+            for name_of_key, data in collected.items():
+                overlay.put(self._name, name_of_key, data, guard_of(guard))
+            return Revision(0)
         (revision,) = yield from self._execute(
             commands.map_update(self._name, collected.items(), guard_of(guard))
         )
         return Revision(revision)
 
     def _clear_gen(self) -> OpGen[int]:
+        overlay = self._overlay()
+        if overlay is not None:
+            items = yield from overlay.scan_gen(self._name, monotonic_ms() + self._timeout_ms)
+            for key in items:
+                overlay.put(self._name, key, None)
+            return len(items)
         (count,) = yield from self._execute(commands.map_clear(self._name))
         return int(count)
 
     def _compare_and_set_gen(self, key: Any, expected: Any, new: Any, guard: Guard | None) -> OpGen[bool]:
-        body = commands.map_compare_and_set(
-            self._name,
-            encode_key(key),
-            None if expected is ABSENT else self._encode(expected),
-            None if new is ABSENT else self._encode(new),
-            guard_of(guard),
-        )
+        old = None if expected is ABSENT else self._encode(expected)
+        data = None if new is ABSENT else self._encode(new)
+        overlay = self._overlay()
+        if overlay is not None:
+            if (yield from self._own_gen(overlay, encode_key(key))) != old:
+                return False
+            overlay.put(self._name, encode_key(key), data, guard_of(guard))
+            return True
+        body = commands.map_compare_and_set(self._name, encode_key(key), old, data, guard_of(guard))
         was_expected, _, _ = yield from self._execute(body)
         return bool(was_expected)
 
@@ -216,12 +280,15 @@ class Map(_MapBase, MutableMapping[Any, Any]):
     change something, CommitTimeout and LeadershipLost (it may have happened, or may yet). Iteration, `keys()`,
     `items()` and `values()` show the map at one revision; the whole of it is fetched first.
 
+    In a transaction of the same handle (see `Cluster.transaction`) everything but `read_stale` is read at one revision
+    and written when it commits; methods that change something return the revision 0 then.
+
     .. versionadded:: 0.1
     """
 
     def __init__(self, cluster: Cluster, name: str, codec: Codec | None = None) -> None:
         super().__init__(name, codec, cluster._request_timeout_ms)
-        self._cluster = cluster
+        self._handle = self._cluster = cluster
 
     def __repr__(self) -> str:
         return f"<coordlib.Map {self.name!r}>"
@@ -340,7 +407,7 @@ class AsyncMap(_MapBase):
 
     def __init__(self, cluster: AsyncCluster, name: str, codec: Codec | None = None) -> None:
         super().__init__(name, codec, cluster._request_timeout_ms)
-        self._cluster = cluster
+        self._handle = self._cluster = cluster
 
     def __repr__(self) -> str:
         return f"<coordlib.AsyncMap {self.name!r}>"

@@ -95,11 +95,15 @@ class Context:
         self.counters[name] = self.counters.get(name, 0) + number
 
 
+def _name(tx: Transaction) -> str:
+    return f"transaction {text_of(tx.gtid)}" if tx.gtid else "the transaction"
+
+
 def _aborted(
     tx: Transaction, reason: str, why: str, cause: BaseException | None = None
 ) -> TransactionAborted:
     kind = TransactionConflict if reason == "conflict" else TransactionAborted
-    error = kind(f"transaction {text_of(tx.gtid)} was aborted ({reason}): {why}", reason=reason, gtid=tx.gtid)
+    error = kind(f"{_name(tx)} was aborted ({reason}): {why}", reason=reason, gtid=tx.gtid)
     error.__cause__ = cause
     return error
 
@@ -199,7 +203,7 @@ def _refusal(tx: Transaction, context: Context) -> CoordError | None:
 
 
 def _commit_state_gen(tx: Transaction, context: Context) -> OpGen[Decided]:
-    if not tx.change.is_needed:
+    if not (tx.change.has_effect if tx.members else tx.change.is_needed):
         context.count("read_only")
         tx.become(State.COMMITTED)
         tx.become(State.ENDED)
@@ -218,7 +222,7 @@ def _commit_state_gen(tx: Transaction, context: Context) -> OpGen[Decided]:
     except CoordError as error:
         tx.become(State.UNKNOWN)
         raise TransactionOutcomeUnknown(
-            f"the answer to the decision of transaction {text_of(tx.gtid)} was lost: its changes may have taken effect, "
+            f"the answer to the decision of {_name(tx)} was lost: its changes may have taken effect, "
             "or may yet, all of them or none. Read back before repeating it",
             gtid=tx.gtid,
         ) from error
@@ -372,7 +376,7 @@ def _decide_body(tx: Transaction, gtid: bytes) -> bytes:
     participants = [participant for member in tx.members for participant in member.participants]
     return commands.tx_decide(
         gtid,
-        tx.deadline_ms,
+        tx.deadline_ms if gtid else commands.NO_DEADLINE,
         participants=participants,
         guards=change.guards,
         conditions=change.conditions,

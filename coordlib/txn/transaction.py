@@ -88,10 +88,15 @@ class StateChange(NamedTuple):
 
     @property
     def is_needed(self) -> bool:
-        """Whether any of it changes or asks something."""
+        """Whether any of it changes or asks something: then the log has to decide, if anybody else takes part."""
         return bool(
             self.guards or self.conditions or self.writes or self.releases or self.otherwise is not None
         )
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it is more than what was read: with nobody who wrote, that was true at one moment, and is enough."""
+        return bool(self.guards or self.writes or self.releases or self.otherwise is not None)
 
 
 class Transaction:

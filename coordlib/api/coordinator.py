@@ -1,0 +1,277 @@
+"""A handle's transactions behind the scenes: names, estimates of log time, and an agent for what nobody waits for.
+
+The agent is a thread that is started when it is first needed (a resource is registered, or something was left
+undone) and ends with the handle. What it does is `coordlib.txn.recovery`; here is only when.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from coordlib.errors import ClusterClosed, CoordError, FatalError, ForkedError, UsageError
+from coordlib.machine import commands
+from coordlib.node.clock import monotonic_ms
+from coordlib.node.operations import FOREVER_MS, OpGen, Step
+from coordlib.txn.branches import DecidingResource, Resource
+from coordlib.txn.commit import Context, Counters, Unfinished
+from coordlib.txn.gtid import GtidMinter, text_of
+from coordlib.txn.recovery import complete_gen, recover_gen
+from coordlib.wire.messages import RequestKind
+
+__all__ = ["Coordinator"]
+
+log = logging.getLogger("coordlib")
+
+RECOVER_EVERY_MS: Final = 30_000
+FORGET_BATCH_MAX: Final = 512
+FORGET_AFTER_MS: Final = 100
+LEFT_MAX: Final = 10_000
+"""Transactions left to the agent at once; more are left to searches of the resources, which find them, too."""
+
+
+class Coordinator:
+    """
+    One for each handle. Thread-safe.
+
+    Args:
+        run: Runs an operation on the calling thread.
+        begin: Runs an operation in the background.
+        session: The id of the handle's present session.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[OpGen[Any]], Any],
+        begin: Callable[[OpGen[None]], None],
+        session: Callable[[], int],
+        request_timeout_ms: int,
+    ) -> None:
+        self._run = run
+        self._begin = begin
+        self._session = session
+        self.request_timeout_ms = request_timeout_ms
+        self.pid = os.getpid()
+        self.counters: Counters = {}
+        self.context = Context(monotonic_ms, self.finish_later, self.forget, self.counters)
+        self._lock = threading.Lock()
+        self._minter = GtidMinter()
+        self._log_time_ms = 0  # as it was at
+        self._log_time_at = 0
+        self._live: dict[bytes, int] = {}  # how many are at work on it: its own code, the agent
+        self.resources: dict[str, Resource] = {}
+        self._left: deque[Unfinished] = deque()
+        self._operations: deque[OpGen[None]] = deque()
+        self._forgotten: list[tuple[bytes, bytes]] = []
+        self._is_forgetting = False
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._recover_at = 0
+
+    # -- names
+
+    def name_gen(self) -> OpGen[tuple[bytes, int]]:
+        """A new gtid, and the estimate of log time that is in it. Asks the cluster the first time only."""
+        if not self._log_time_at:
+            reply = yield Step(
+                RequestKind.QUERY, commands.query_time(), monotonic_ms() + self.request_timeout_ms
+            )
+            now = monotonic_ms()
+            # Before the answer was under way: the estimate is late by that, never early.
+            self._log_time_ms, self._log_time_at = commands.decode_reply(reply)[0], now
+        estimate = self._log_time_ms + monotonic_ms() - self._log_time_at
+        with self._lock:
+            gtid = self._minter.mint(estimate, self._session())
+            self._live[gtid] = 1
+        return gtid, estimate
+
+    def ended(self, gtid: bytes) -> None:
+        """One of those who were at work on the transaction is done with it."""
+        with self._lock:
+            left = self._live.pop(gtid, 0) - 1
+            if left > 0:
+                self._live[gtid] = left
+
+    # -- what recovery needs, see `Recovery`
+
+    clock = staticmethod(monotonic_ms)
+
+    @property
+    def who(self) -> str:
+        return f"session {self._session()}"
+
+    def is_live(self, gtid: bytes) -> bool:
+        with self._lock:
+            return gtid in self._live
+
+    def decider(self, tag: bytes) -> DecidingResource | None:
+        for resource in self.resources.values():
+            if resource.tag == tag and isinstance(resource, DecidingResource):
+                return resource
+        return None
+
+    def ask_decider_gen(self, tag: bytes, gtid: bytes) -> OpGen[bool | None]:
+        # Only the process that has the last resource can tell; its own agent finishes what it finds there.
+        return None
+        yield
+
+    def count(self, name: str, number: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + number
+
+    def forget(self, branches: Sequence[tuple[bytes, bytes]]) -> None:
+        """Have it recorded that these have obeyed: soon, many at once, and nobody waits for it."""
+        with self._lock:
+            self._forgotten += branches
+            if self._is_forgetting or self._is_closed or not self._forgotten:
+                return
+            self._is_forgetting = True
+        self._begin(self._forget_gen())
+
+    def _forget_gen(self) -> OpGen[None]:
+        while True:
+            with self._lock:
+                batch = self._forgotten[:FORGET_BATCH_MAX]
+                del self._forgotten[:FORGET_BATCH_MAX]
+                if not batch:
+                    self._is_forgetting = False
+                    return
+            try:
+                yield Step(RequestKind.COMMAND, commands.tx_forget(batch), FOREVER_MS)
+                self.count("log_entries_lazy")
+            except CoordError:
+                # The session has ended, or the node: they stay pending until somebody looks at them again.
+                with self._lock:
+                    self._is_forgetting = False
+                return
+
+    def finish_later(self, unfinished: Unfinished) -> None:
+        """Leave it to the agent. Until that is done, searches of the resources leave it alone."""
+        with self._lock:
+            if len(self._left) >= LEFT_MAX:
+                return
+            self._live[unfinished.gtid] = self._live.get(unfinished.gtid, 0) + 1
+            self._left.append(unfinished)
+        self.start_agent()
+
+    # -- the agent
+
+    def register(self, resource: Resource) -> None:
+        """
+        Raises:
+            UsageError: Another resource has that name.
+        """
+        with self._lock:
+            known = self.resources.setdefault(resource.name, resource)
+            if known is not resource:
+                raise UsageError(f"another resource of the name {resource.name!r} is registered here already")
+            self._recover_at = 0
+        self.start_agent()
+
+    def check_registered(self, resource: Any) -> None:
+        """
+        Raises:
+            UsageError: It is not: nobody would finish its branches.
+        """
+        if self.resources.get(getattr(resource, "name", "")) is not resource:
+            raise UsageError(
+                f"{resource!r} is not registered: give it to cluster.resource(...) first, so that recovery finds what it has "
+                "prepared"
+            )
+
+    def later(self, operation: OpGen[None]) -> None:
+        """Have the agent run it; nobody waits for it."""
+        self._operations.append(operation)
+        self.start_agent()
+
+    def start_agent(self) -> None:
+        with self._lock:
+            if self._thread is None and not self._is_closed:
+                self._thread = threading.Thread(target=self._work, name="coordlib-transactions", daemon=True)
+                self._thread.start()
+        self._wake.set()
+
+    def close(self, timeout_seconds: float) -> None:
+        """End the agent. What it leaves is found by whoever has the resources. Never raises."""
+        with self._lock:
+            self._is_closed = True
+            thread, self._thread = self._thread, None
+        self._wake.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout_seconds)
+
+    def _work(self) -> None:
+        while not self._is_closed:
+            self._wake.clear()
+            try:
+                self._finish_left()
+                if monotonic_ms() >= self._recover_at:
+                    self._recover_at = monotonic_ms() + RECOVER_EVERY_MS
+                    self.recover()
+            except (ClusterClosed, ForkedError, FatalError):
+                return
+            self._wake.wait(1.0)
+
+    def _finish_left(self) -> None:
+        while self._operations and not self._is_closed:
+            try:
+                self._run(self._operations.popleft())
+            except (ClusterClosed, ForkedError, FatalError):
+                raise
+            except CoordError as error:
+                log.warning("a transaction's end: %s", error, extra={"event": "transaction.left"})
+        while self._left and not self._is_closed:
+            unfinished = self._left.popleft()
+            try:
+                is_done = self._run(complete_gen(unfinished, self))
+            except (ClusterClosed, ForkedError, FatalError):
+                raise
+            except CoordError as error:
+                is_done = False
+                log.warning(
+                    "transaction %s: %s", text_of(unfinished.gtid), error, extra={"event": "transaction.left"}
+                )
+            if not is_done:
+                log.warning(
+                    "transaction %s could not be finished everywhere; what is left of it is found when resources are "
+                    "searched",
+                    text_of(unfinished.gtid),
+                    extra={"event": "transaction.left"},
+                )
+            self.ended(unfinished.gtid)
+
+    def recover(self) -> None:
+        """
+        Search all resources now, and finish what can be finished.
+
+        Raises:
+            ClusterClosed, FatalError: The node has stopped.
+        """
+        for resource in list(self.resources.values()):
+            if self._is_closed:
+                return
+            try:
+                recovered = self._run(recover_gen(resource, self))
+            except (ClusterClosed, ForkedError, FatalError):
+                raise
+            except Exception as error:
+                # A database that is away now is asked again later: one of many must not stop the others.
+                log.warning(
+                    "resource %r could not be searched: %s",
+                    resource.name,
+                    error,
+                    extra={"event": "transaction.search"},
+                )
+                continue
+            for in_doubt in recovered.in_doubt:
+                log.warning(
+                    "transaction %s is in doubt in %r: %s",
+                    text_of(in_doubt.branch.gtid),
+                    resource.name,
+                    in_doubt.why,
+                    extra={"event": "transaction.in-doubt"},
+                )

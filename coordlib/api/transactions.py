@@ -1,0 +1,596 @@
+"""Transactions as users hold them: over replicated maps and locks, databases, and services, in one atomic outcome.
+
+::
+
+    with cluster.transaction(timeout=5) as tx:
+        connection = tx.enlist(orders)             # a database that was registered with cluster.resource(...)
+        connection.execute("insert ...")
+        stock["sku-1"] -= 1                        # replicated state rides in the decision itself
+
+What must not live here: how commit goes (`coordlib.txn`), and what goes on behind (`coordinator`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, Self, TypeVar, cast
+
+from coordlib.api.guards import Guard, guard_of
+from coordlib.api.overlay import Overlay, current_overlay
+from coordlib.config import milliseconds
+from coordlib.errors import (
+    CoordError,
+    FlavourError,
+    ForkedError,
+    TransactionAborted,
+    TransactionConflict,
+    UsageError,
+)
+from coordlib.machine import commands
+from coordlib.machine.commands import TxStatus
+from coordlib.node.clock import monotonic_ms
+from coordlib.node.operations import OpGen, Step
+from coordlib.txn.branches import Branch
+from coordlib.txn.commit import abort_gen, commit_gen, finish_gen
+from coordlib.txn.gtid import node_tag
+from coordlib.txn.transaction import Decided, State
+from coordlib.txn.transaction import Transaction as Record
+from coordlib.types import Revision
+from coordlib.wire.messages import RequestKind
+
+if TYPE_CHECKING:
+    from coordlib.api.cluster import AsyncCluster, Cluster
+    from coordlib.api.coordinator import Coordinator
+    from coordlib.api.locks import Grant
+
+__all__ = ["AsyncTransaction", "Options", "Outcome", "Transaction"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+log = logging.getLogger("coordlib")
+ISOLATIONS: Final = ("serializable", "snapshot")
+ACKS: Final = ("applied", "decided")
+PROPAGATIONS: Final = ("join", "requires_new", "mandatory", "never")
+BACK_OFF_SECONDS: Final = 0.005
+BACK_OFF_SECONDS_MAX: Final = 0.5
+TIMEOUT_MS_MAX: Final = 600_000
+
+_current: ContextVar[_TransactionBase | None] = ContextVar("coordlib_transaction", default=None)
+
+
+class Options(NamedTuple):
+    """How a transaction is run. See `Cluster.transaction`."""
+
+    timeout_ms: int
+    is_serializable: bool
+    until_applied: bool
+    is_read_only: bool
+    propagation: str
+
+    @classmethod
+    def of(cls, timeout: float, isolation: str, ack: str, read_only: bool, propagation: str) -> Options:
+        """
+        Raises:
+            UsageError: One of them is wrong.
+        """
+        for name, value, known in (
+            ("isolation", isolation, ISOLATIONS),
+            ("ack", ack, ACKS),
+            ("propagation", propagation, PROPAGATIONS),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} is one of {', '.join(map(repr, known))}; got {value!r}")
+        timeout_ms = milliseconds(timeout, "timeout", low=1, high=TIMEOUT_MS_MAX)
+        return cls(timeout_ms, isolation == "serializable", ack == "applied", bool(read_only), propagation)
+
+
+class Outcome:
+    """What a transaction came to, as `Cluster.outcome` tells."""
+
+    NONE = "none"  # not decided: it may still be either
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    UNKNOWN = "unknown"  # too long ago
+
+
+_OUTCOMES: Final = {
+    TxStatus.NONE: Outcome.NONE,
+    TxStatus.COMMITTED: Outcome.COMMITTED,
+    TxStatus.ABORTED: Outcome.ABORTED,
+    TxStatus.UNKNOWN: Outcome.UNKNOWN,
+}
+
+
+def outcome_gen(gtid: bytes, request_timeout_ms: int) -> OpGen[str]:
+    """What is recorded of a transaction. Decides nothing."""
+    if type(gtid) is not bytes or len(gtid) != 16:
+        raise UsageError("a gtid has 16 bytes; transactions of replicated state alone have none")
+    reply = yield Step(RequestKind.QUERY, commands.query_tx_state(gtid), monotonic_ms() + request_timeout_ms)
+    return _OUTCOMES[TxStatus(commands.decode_reply(reply)[0])]
+
+
+class _TransactionBase:
+    """The operations, once, for both faces. For one thread or task at a time."""
+
+    def __init__(self, cluster: Cluster | AsyncCluster, options: Options) -> None:
+        self._cluster = cluster
+        self._options = options
+        self._record: Record | None = None
+        self._overlay: Overlay | None = None
+        self._joined: _TransactionBase | None = None
+        self._tokens: tuple[Token[Any], Token[Any]] | None = None
+        self._pid = os.getpid()
+        self._hooks: dict[str, list[Callable[[], Any]]] = {
+            "before_commit": [],
+            "on_commit": [],
+            "on_abort": [],
+        }
+        self._result: Decided | None = None
+        self._grants: list[Grant] = []
+
+    def __repr__(self) -> str:
+        return f"<coordlib.{type(self).__name__} {self.state}>"
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._cluster._coordinator
+
+    @property
+    def _outermost(self) -> _TransactionBase:
+        return self if self._joined is None else self._joined._outermost
+
+    @property
+    def gtid(self) -> bytes:
+        """Its name, once a database or a service takes part; empty before, and if it is of replicated state alone."""
+        record = self._outermost._record
+        return b"" if record is None else record.gtid
+
+    @property
+    def state(self) -> str:
+        """One word of `coordlib.txn.transaction.State`; "new" before it is begun."""
+        record = self._outermost._record
+        return "new" if record is None else record.state.value
+
+    @property
+    def revision(self) -> Revision:
+        """Of its replicated changes, once it is committed; 0 if it made none."""
+        result = self._outermost._result
+        return Revision(0 if result is None else result.revision)
+
+    def remaining(self) -> float:
+        """Seconds until its time is over: nothing is decided after that."""
+        return max(0, self._active.expires_ms - monotonic_ms()) / 1000
+
+    @property
+    def _active(self) -> Record:
+        record = self._outermost._record
+        if self._pid != os.getpid():
+            raise ForkedError("this transaction belongs to the parent process")
+        if record is None:
+            raise UsageError("the transaction is not begun: use it in a `with` block")
+        if record.state is not State.ACTIVE:
+            raise UsageError(f"the transaction has ended, it is {record.state.value}")
+        return record
+
+    def doom(self, reason: str = "doom() was called") -> None:
+        """Whatever happens, it will not commit: the end of the block raises TransactionAborted."""
+        self._active.doomed = reason
+
+    def guard(self, grant: Guard) -> None:
+        """Commit only if the grant is still its lock's then. (`guard=` of a write does this, too.)"""
+        guard = guard_of(grant)
+        assert guard is not None
+        self._open_overlay.guard(guard)
+
+    def release(self, grant: Grant) -> None:
+        """
+        Give the lock back in the very moment of the commit, and commit only if it is still held then.
+
+        After an abort the lock is held as before.
+        """
+        self.guard(grant)
+        self._open_overlay.release(grant._lock_name, grant._sequence)
+        self._outermost._grants.append(grant)
+
+    @property
+    def _open_overlay(self) -> Overlay:
+        overlay = self._outermost._overlay
+        if overlay is None:
+            raise UsageError("the transaction is not begun: use it in a `with` block")
+        overlay.check_open()
+        return overlay
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """
+        A block that can fail alone: an exception that leaves it undoes its changes of replicated state, and goes on.
+
+        Databases have savepoints of their own in their own language, and are not touched.
+        """
+        overlay = self._open_overlay
+        saved = overlay.save()
+        try:
+            yield
+        except BaseException:
+            overlay.restore(saved)
+            raise
+
+    def before_commit(self, hook: Callable[[], Any]) -> None:
+        """Called at the end of the outermost block; what it raises aborts. It may still read and write."""
+        self._add_hook("before_commit", hook)
+
+    def on_commit(self, hook: Callable[[], Any]) -> None:
+        """Called when it is committed. What it raises is logged: nothing can be undone by it."""
+        self._add_hook("on_commit", hook)
+
+    def on_abort(self, hook: Callable[[], Any]) -> None:
+        """Called when it is certainly aborted. What it raises is logged."""
+        self._add_hook("on_abort", hook)
+
+    def _add_hook(self, when: str, hook: Callable[[], Any]) -> None:
+        self._active  # noqa: B018  # raises if it has ended
+        self._outermost._hooks[when].append(hook)
+
+    def _call_hooks(self, when: str) -> None:
+        for hook in self._hooks[when]:
+            try:
+                hook()
+            except Exception:
+                log.exception(
+                    "a %s hook of a transaction failed", when, extra={"event": "transaction.hook-failed"}
+                )
+
+    # -- life
+
+    def _begin(self) -> None:
+        """
+        Raises:
+            UsageError: It was begun before, or what `propagation` asks for is not so.
+        """
+        if self._record is not None or self._joined is not None:
+            raise UsageError("a transaction is begun once: make a new one")
+        outer = _current.get()
+        if outer is not None and (outer._cluster is not self._cluster or outer._pid != os.getpid()):
+            outer = None
+        propagation = self._options.propagation
+        if outer is None and propagation == "mandatory":
+            raise UsageError("this must be called within a transaction")
+        if outer is not None and propagation == "never":
+            raise UsageError("this must not be called within a transaction")
+        if outer is not None and propagation != "requires_new":
+            self._joined = outer
+            outer._active  # noqa: B018  # raises if it has ended
+            return
+        self._cluster._engine  # noqa: B018  # raises if the handle cannot be used
+        options = self._options
+        self._record = Record(b"", "", b"\0\0", commands.NO_DEADLINE, monotonic_ms() + options.timeout_ms)
+        self._overlay = Overlay(is_read_only=options.is_read_only, is_serializable=options.is_serializable)
+        self._tokens = _current.set(self), current_overlay.set((self._cluster, self._overlay))
+
+    def _leave(self) -> None:
+        if self._tokens is not None:
+            _current.reset(self._tokens[0])
+            current_overlay.reset(self._tokens[1])
+            self._tokens = None
+        if self._overlay is not None:
+            self._overlay.has_ended = True
+
+    def _name_gen(self) -> OpGen[Record]:
+        """From here on it needs a name, by which those who take part ask for its outcome."""
+        record = self._active
+        if not record.gtid:
+            gtid, log_time_ms = yield from self._coordinator.name_gen()
+            record.gtid = gtid
+            record.node = self._coordinator.who
+            record.node_tag = node_tag(record.node)
+            record.deadline_ms = log_time_ms + max(0, record.expires_ms - monotonic_ms())
+        return record
+
+    def _commit_gen(self) -> OpGen[None]:
+        record, overlay = self._record, self._overlay
+        assert record is not None
+        assert overlay is not None
+        try:
+            record.change = overlay.change(has_branches=bool(record.members))
+            self._result = yield from commit_gen(
+                record, self._coordinator.context, until_applied=self._options.until_applied
+            )
+        finally:
+            self._ended(record)
+
+    def _rollback_gen(self) -> OpGen[None]:
+        record = self._record
+        assert record is not None
+        try:
+            if record.state is State.ACTIVE:
+                yield from abort_gen(record, self._coordinator.context)
+        finally:
+            self._ended(record)
+
+    def _ended(self, record: Record) -> None:
+        if self._result is not None:
+            for grant in self._grants:
+                grant._is_released = True
+                self._cluster._grants.discard(grant)
+        if record.gtid and not self._has_to_be_told:
+            self._coordinator.ended(record.gtid)
+
+    def _finish_gen(self) -> OpGen[None]:
+        record = self._record
+        assert record is not None
+        try:
+            yield from finish_gen(record, self._coordinator.context)
+        finally:
+            self._coordinator.ended(record.gtid)
+
+    @property
+    def _has_to_be_told(self) -> bool:
+        """Whether those who promised are told behind the caller's back."""
+        record = self._record
+        return (
+            record is not None
+            and record.state is State.COMMITTED
+            and self._result is not None
+            and not self._options.until_applied
+        )
+
+    def _branch(self, record: Record, resource: Any) -> bytes:
+        """The name of a new branch in the resource."""
+        self._coordinator.check_registered(resource)
+        if getattr(resource, "is_last_resource", False):
+            record.set_decider(resource.tag)
+        return record.name_branch(resource.tag)
+
+    def _seconds_left(self, record: Record) -> Callable[[], float]:
+        return lambda: max(0, record.expires_ms - monotonic_ms()) / 1000
+
+
+class Transaction(_TransactionBase):
+    """
+    A transaction for threads, as a context manager: commits at the end of the block, or rolls back if it raises.
+
+    .. versionadded:: 0.1
+    """
+
+    _cluster: Cluster
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._joined is not None:
+            if error is not None and not isinstance(error, TransactionConflict):
+                record = self._outermost._record
+                if record is not None and record.state is State.ACTIVE:
+                    record.doomed = record.doomed or f"an inner block raised {type(error).__name__}"
+            return
+        try:
+            if error is None:
+                try:
+                    for hook in self._hooks["before_commit"]:
+                        hook()
+                except BaseException:
+                    self._roll_back(True)
+                    raise
+                self._commit()
+            else:
+                self._roll_back(True)
+        finally:
+            self._leave()
+
+    def _commit(self) -> None:
+        try:
+            self._cluster._run(self._commit_gen())
+        except TransactionAborted:
+            self._call_hooks("on_abort")
+            raise
+        if self._has_to_be_told:
+            self._coordinator.later(self._finish_gen())
+        self._call_hooks("on_commit")
+
+    def _roll_back(self, is_failing: bool) -> None:
+        try:
+            self._cluster._run(self._rollback_gen())
+        except CoordError as failure:
+            # What the block raised is on its way and must not be hidden.
+            log.warning(
+                "a transaction's rollback: %s", failure, extra={"event": "transaction.rollback-failed"}
+            )
+        self._call_hooks("on_abort")
+
+    def enlist(self, resource: Any) -> Any:
+        """
+        Have a registered resource take part: returns the connection to work with until the block ends.
+
+        Args:
+            resource: As it was given to `Cluster.resource`; or a `coordlib.txn.branches.Branch` of your own.
+
+        Raises:
+            UsageError: It is not registered, or it must have been enlisted before others.
+            NoQuorum: The cluster could not be asked for the time; nothing was begun.
+        """
+        record = self._cluster._run(self._outermost._name_gen())
+        if not hasattr(resource, "begin"):
+            record.enlist(cast(Branch, resource))
+            return resource
+        bqual = self._branch(record, resource)
+        branch = resource.begin(record.gtid, bqual, self._seconds_left(record))
+        record.enlist(branch)
+        return branch.connection
+
+
+class AsyncTransaction(_TransactionBase):
+    """
+    `Transaction` for tasks. Cancelled before it is decided, it is rolled back; afterwards it has its outcome.
+
+    .. versionadded:: 0.1
+    """
+
+    _cluster: AsyncCluster
+
+    async def __aenter__(self) -> Self:
+        self._begin()
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._joined is not None:
+            if error is not None and not isinstance(error, TransactionConflict):
+                record = self._outermost._record
+                if record is not None and record.state is State.ACTIVE:
+                    record.doomed = record.doomed or f"an inner block raised {type(error).__name__}"
+            return
+        try:
+            if error is None:
+                try:
+                    for hook in self._hooks["before_commit"]:
+                        found = hook()
+                        if inspect.isawaitable(found):
+                            await found
+                except BaseException:
+                    await self._roll_back()
+                    raise
+                await self._commit()
+            else:
+                await self._roll_back()
+        finally:
+            self._leave()
+
+    async def _commit(self) -> None:
+        try:
+            await self._cluster._arun(self._commit_gen())
+        except TransactionAborted:
+            self._call_hooks("on_abort")
+            raise
+        if self._has_to_be_told:
+            self._cluster._background(self._finish_gen())
+        self._call_hooks("on_commit")
+
+    async def _roll_back(self) -> None:
+        try:
+            await self._cluster._arun(self._rollback_gen())
+        except CoordError as failure:
+            log.warning(
+                "a transaction's rollback: %s", failure, extra={"event": "transaction.rollback-failed"}
+            )
+        self._call_hooks("on_abort")
+
+    async def enlist(self, resource: Any) -> Any:
+        """See `Transaction.enlist`. Of a resource with an asynchronous driver, the asynchronous connection."""
+        record = await self._cluster._arun(self._outermost._name_gen())
+        if not hasattr(resource, "begin"):
+            record.enlist(cast(Branch, resource))
+            return resource
+        bqual = self._branch(record, resource)
+        left = self._seconds_left(record)
+        if hasattr(resource, "abegin"):
+            branch = await resource.abegin(record.gtid, bqual, left)
+        else:
+            branch = await asyncio.to_thread(resource.begin, record.gtid, bqual, left)
+        record.enlist(branch)
+        return branch.connection
+
+
+def is_retryable(coordinator: Coordinator, error: BaseException) -> bool:
+    """Whether running a transaction anew may help: something that it needed had been changed or locked by others."""
+    seen: BaseException | None = error
+    for _ in range(8):
+        if seen is None:
+            return False
+        if isinstance(seen, TransactionConflict):
+            return True
+        if any(
+            getattr(resource, "is_conflict", lambda error: False)(seen)
+            for resource in coordinator.resources.values()
+        ):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def _pause_seconds(attempt: int) -> float:
+    # Random, so that those who got into each other's way do not meet again.
+    return random.uniform(0.5, 1.0) * min(BACK_OFF_SECONDS_MAX, BACK_OFF_SECONDS * float(1 << attempt))
+
+
+def decorate(
+    make: Callable[[], Transaction], coordinator: Callable[[], Coordinator], retries: int
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """What `Cluster.transactional` returns."""
+
+    def decorator(function: Callable[P, T]) -> Callable[P, T]:
+        if inspect.iscoroutinefunction(function):
+            raise FlavourError(
+                f"{function.__name__} is an `async def`: use an AsyncCluster to decorate coroutines"
+            )
+        check_decorable(function)
+
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            is_inner = _current.get() is not None
+            for attempt in range(retries + 1):
+                try:
+                    with make():
+                        return function(*args, **kwargs)
+                except Exception as error:
+                    # An inner function's conflict is the outer one's to retry: it is one transaction.
+                    if is_inner or attempt == retries or not is_retryable(coordinator(), error):
+                        raise
+                time.sleep(_pause_seconds(attempt))
+            raise AssertionError("unreachable")
+
+        return wrapper
+
+    return decorator
+
+
+def adecorate(
+    make: Callable[[], AsyncTransaction], coordinator: Callable[[], Coordinator], retries: int
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """What `AsyncCluster.transactional` returns."""
+
+    def decorator(function: Callable[P, T]) -> Callable[P, T]:
+        check_decorable(function)
+        if not inspect.iscoroutinefunction(function):
+            raise FlavourError(
+                f"{function.__name__} is no `async def`: use a Cluster to decorate plain functions"
+            )
+
+        @functools.wraps(function)
+        async def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+            is_inner = _current.get() is not None
+            for attempt in range(retries + 1):
+                try:
+                    async with make():
+                        return await cast(Awaitable[Any], function(*args, **kwargs))
+                except Exception as error:
+                    if is_inner or attempt == retries or not is_retryable(coordinator(), error):
+                        raise
+                await asyncio.sleep(_pause_seconds(attempt))
+            raise AssertionError("unreachable")
+
+        return cast(Callable[P, T], wrapper)
+
+    return decorator
+
+
+def check_decorable(function: Callable[..., Any]) -> None:
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise FlavourError(
+            f"{function.__name__} is a generator: it would run after the transaction has ended. Use a `with` block in it"
+        )
+
+
+def check_retries(retries: int) -> int:
+    if type(retries) is not int or not 0 <= retries <= 100:
+        raise UsageError(f"retries is a number from 0 to 100; got {retries!r}")
+    return retries
