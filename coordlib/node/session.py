@@ -450,7 +450,8 @@ class SessionClient:
                     self._set_state(SessionState.CONNECTED)
         elif status == ReplyStatus.ERROR and isinstance(_error_of(body), SessionExpired):
             self._lose(now)
-        else:
+        elif self.view.state in (SessionState.CONNECTED, SessionState.SUSPENDED):
+            # Only then: one that is closed sends none, and would be looked at again and again for it.
             self._next_keep_alive = min(self._next_keep_alive, now + BACK_OFF_MS)
 
     def _finish(self, call: Call, reply: bytes | None, error: CoordError | None) -> None:

@@ -389,6 +389,17 @@ def test_closing_ends_the_grants_at_once(client: Client) -> None:
     assert client.tick(TIMING.keep_alive_ms // 2) == []
 
 
+def test_a_keep_alive_that_is_refused_after_closing_leaves_nothing_to_do(client: Client) -> None:
+    """What is due and never done would keep the node thread running in circles until it has left."""
+    (keep_alive,) = client.tick(TIMING.keep_alive_ms)
+    assert keep_alive.kind == RequestKind.KEEP_ALIVE
+    client.session.close(client.now, client.now + 100_000)
+    client.flush()
+    client.answer(keep_alive, ReplyStatus.NOT_LEADER)
+    client.tick(500)
+    assert client.session.deadline > client.now
+
+
 @pytest.mark.parametrize("is_detached", [False, True])
 def test_nothing_is_taken_behind_a_close(client: Client, is_detached: bool) -> None:
     """It would open another session, which nobody closes."""

@@ -187,7 +187,10 @@ class Invariants:
         base = snapshot.index if snapshot is not None else 0
         if not is_damaged:
             self._check_recovered(name, disk, group, base)
-        forgotten = max(disk.last, disk.forgotten) if is_damaged else 0
+        # Another start on the same poor disk brings nothing back: that ends when the disk has all of it again.
+        forgotten = disk.forgotten if disk.last < disk.forgotten else 0
+        if is_damaged:
+            forgotten = max(disk.last, disk.forgotten)
         self._disks[name] = disk = _Disk()
         disk.forgotten = forgotten
         disk.hard_state = group.hard_state
