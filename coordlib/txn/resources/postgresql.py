@@ -57,23 +57,25 @@ _ASK_S: Final = 5.0  # how long a one-phase commit whose connection broke is ask
 _ASK_PAUSE_S: Final = 0.05
 _EVIDENCE: Final = struct.Struct(">QII")  # transaction number, system, timeline
 
-# With the text that `pg_walfile_name` begins with: the timeline that is written to now. That of pg_control_checkpoint()
-# lags behind a promotion.
-_HISTORY: Final = (
-    "(SELECT system_identifier::text FROM pg_control_system()), "
-    "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
-)
+# What pg_walfile_name() begins with is the timeline that is written to now; that of pg_control_checkpoint() lags behind
+# a promotion.
+_TIMELINE: Final = "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
+_SYSTEM: Final = "(SELECT system_identifier::text FROM pg_control_system())"
 _STATE_OF_BRANCH: Final = (
-    f"SELECT current_setting('{_MARK}', true), pg_current_xact_id_if_assigned()::text, {_HISTORY}, "
+    f"SELECT current_setting('{_MARK}', true), pg_current_xact_id_if_assigned()::text, {_TIMELINE}, "
     "set_config('statement_timeout', %s, true)"
 )
-_STATE_OF_SERVER: Final = (
-    f"SELECT {_HISTORY}, current_setting('max_prepared_transactions')::int, current_setting('fsync')"
+_STATE_OF_SERVER: Final = "SELECT current_setting('max_prepared_transactions')::int, current_setting('fsync')"
+_STATE_OF_CONNECTION: Final = (
+    f"SELECT (SELECT setting::int FROM pg_settings WHERE name = 'statement_timeout'), {_SYSTEM}"
 )
-_LIMITS: Final = (
-    "SELECT (SELECT setting::int FROM pg_settings WHERE name = 'lock_timeout'), "
-    "(SELECT setting::int FROM pg_settings WHERE name = 'statement_timeout')"
-)
+
+
+class _About(NamedTuple):
+    """What stays the same of a connection."""
+
+    statement_timeout_ms: int  # 0: none
+    system: str
 
 
 class _Evidence(NamedTuple):
@@ -138,7 +140,7 @@ class PostgreSQL(ResourceBase):
             idle_max, psycopg.Connection[Any].close
         )
         self._async_idle: IdleConnections[psycopg.AsyncConnection[Any]] = IdleConnections(idle_max, _drop)
-        self._limits: WeakKeyDictionary[_Anyhow, tuple[int, int]] = WeakKeyDictionary()
+        self._about: WeakKeyDictionary[_Anyhow, _About] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"<PostgreSQL {self.name!r}>"
@@ -162,7 +164,7 @@ class PostgreSQL(ResourceBase):
                 raise ConfigError(
                     f"{self.name!r} is a standby: connect to the primary (target_session_attrs=read-write)"
                 )
-            _, _, prepared_max, fsync = run(_query(connection, _STATE_OF_SERVER))
+            prepared_max, fsync = run(_query(connection, _STATE_OF_SERVER))
             if prepared_max == 0:
                 raise ConfigError(
                     f"{self.name!r} has max_prepared_transactions = 0, its default, and prepares nothing: set it to "
@@ -403,6 +405,7 @@ class _Branch:
         self._mark = f"{text_of(gtid)}/{bqual.hex()}"
         self._state = "active"  # preparing, prepared, ended
         self._evidence: _Evidence | None = None
+        self._system = ""
 
     def __repr__(self) -> str:
         return f"<branch of {text_of(self._gtid)} in {self._resource.name!r}, {self._state}>"
@@ -447,19 +450,19 @@ class _Branch:
                 f"a connection to {self._resource.name!r} is {status.name}, in a transaction of its own already: "
                 "commit or roll back before enlisting"
             )
-        limits = self._resource._limits.get(connection)
-        if limits is None:
-            limits = yield from _query(connection, _LIMITS)
+        about = self._resource._about.get(connection)
+        if about is None:
+            about = _About(*(yield from _query(connection, _STATE_OF_CONNECTION)))
             yield connection.rollback()
-            self._resource._limits[connection] = limits
+            self._resource._about[connection] = about
+        self._system = about.system
         if not self._is_driven:
             yield connection.tpc_begin(connection.xid(FORMAT_ID, text_of(self._gtid), ""))
         budget = self._budget_ms()
-        lock_ms, statement_ms = (min(limit, budget) if limit else budget for limit in limits)
         settings: dict[str, str | int] = {
             _MARK: self._mark,
-            "lock_timeout": lock_ms,
-            "statement_timeout": statement_ms,
+            # Waiting for locks is part of it.
+            "statement_timeout": min(about.statement_timeout_ms or budget, budget),
             "idle_in_transaction_session_timeout": budget,
         }
         if connection.info.server_version >= _HAS_TRANSACTION_TIMEOUT:
@@ -492,9 +495,9 @@ class _Branch:
             except psycopg.Error as exc:
                 yield from self._undo_gen()
                 raise BranchFailed(f"the branch in {name!r} failed: {_text(exc)}") from exc
-            mark, xid, system, timeline, _ = row
+            mark, xid, timeline, _ = row
             if mark == self._mark:
-                return None if xid is None else _Evidence.of(xid, system, timeline)
+                return None if xid is None else _Evidence.of(xid, self._system, timeline)
             problem = "the application ended the transaction itself and began another one on its connection"
         yield from self._undo_gen()
         raise BranchFailed(f"the branch in {name!r} is rolled back: {problem}")
@@ -745,12 +748,12 @@ def _how_it_ended_gen(connection: Any, evidence: _Evidence, commit: bool) -> Flo
     """
     try:
         status, system, timeline = yield from _query(
-            connection, f"SELECT pg_xact_status(%s::xid8), {_HISTORY}", [str(evidence.xid)]
+            connection, f"SELECT pg_xact_status(%s::xid8), {_SYSTEM}, {_TIMELINE}", [str(evidence.xid)]
         )
     except pg.InvalidParameterValue:
         # "Transaction ID is in the future": this database was put back to before it was written.
         yield connection.rollback()
-        status, _, system, timeline = yield from _query(connection, f"SELECT 'lost', NULL, {_HISTORY}")
+        status, system, timeline = yield from _query(connection, f"SELECT 'lost', {_SYSTEM}, {_TIMELINE}")
     yield connection.rollback()
     now = _Evidence.of("0", system, timeline)
     if now.system != evidence.system:
