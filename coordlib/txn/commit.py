@@ -40,7 +40,7 @@ from coordlib.machine.commands import TxStatus
 from coordlib.node.operations import Do, Failure, OpGen, Outcome, Step, Success, Together
 from coordlib.txn.branches import BranchFailed, DecidingResource, Finish
 from coordlib.txn.gtid import text_of
-from coordlib.txn.members import Ballot, LocalMember, Member
+from coordlib.txn.members import Ballot, LocalMember, Member, obeyed
 from coordlib.txn.transaction import Decided, State, Transaction
 from coordlib.wire.messages import RequestKind
 
@@ -504,7 +504,8 @@ def _tell_gen(
         if not ending.is_done:
             waiting.append(member)
         heuristics += ending.heuristics
-        ended += [(tx.gtid, bqual) for bqual in ending.ended]
+        if commit:
+            ended += [(tx.gtid, bqual) for bqual in obeyed(member, ending)]
     if commit and ended and not tx.decider_tag:
         context.forget(ended)
     return waiting

@@ -17,7 +17,7 @@ from coordlib.txn.branches import (
     Vote,
 )
 
-__all__ = ["Ballot", "Ending", "LocalMember", "Member", "Participant"]
+__all__ = ["Ballot", "Ending", "LocalMember", "Member", "Participant", "obeyed"]
 
 Participant = tuple[str, str, bytes]
 """(resource, node, bqual), as in the decision."""
@@ -81,6 +81,18 @@ class Member(Protocol):
     def finish(self, commit: bool, deadline_ms: int) -> Step | Do: ...
 
     def read_ending(self, commit: bool, outcome: Outcome) -> Ending: ...
+
+
+def obeyed(member: Member, ending: Ending) -> tuple[bytes, ...]:
+    """
+    Its branches that need not be remembered any more, after it was told to commit.
+
+    One that had obeyed before (the answer to that was lost) no longer knows which they were.
+    """
+    if not ending.is_done:
+        return ending.ended
+    otherwise = {bqual for bqual, _ in ending.heuristics}
+    return tuple(bqual for _, _, bqual in member.participants if bqual not in otherwise)
 
 
 class LocalMember:

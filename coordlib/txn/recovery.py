@@ -9,7 +9,7 @@ What must not live here: when all this is done (an agent in `coordlib.api`), and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from coordlib.errors import FatalError, UsageError, invariant
@@ -20,10 +20,11 @@ from coordlib.node.operations import Do, OpGen, Outcome, Step, Together
 from coordlib.txn.branches import DecidingResource, Finish, PreparedBranch, Resource
 from coordlib.txn.commit import Unfinished
 from coordlib.txn.gtid import BranchName, mint_ms_of
-from coordlib.txn.members import Member
+from coordlib.txn.journal import JournalResource
+from coordlib.txn.members import Member, obeyed
 from coordlib.wire.messages import RequestKind
 
-__all__ = ["InDoubt", "Recovered", "Recovery", "complete_gen", "outcome_gen", "recover_gen"]
+__all__ = ["InDoubt", "Recovered", "Recovery", "complete_gen", "outcome_gen", "recover_gen", "sweep_gen"]
 
 LIFETIME_MS: Final = Limits().tx_lifetime_ms
 """Where a transaction's own deadline is not known. When nobody can decide any more, asking for a decision is free."""
@@ -147,6 +148,10 @@ def recover_gen(resource: Resource, recovery: Recovery) -> OpGen[Recovered]:
         if is_committed is None:
             in_doubt.append(InDoubt(branch, why))
             continue
+        if not is_committed and branch not in (yield Do(resource.prepared)):
+            # Somebody has ended it since it was found. A last resource may have removed its marker after that, as
+            # nobody was in doubt any more: what it says now is not the outcome.
+            continue
         finish = yield Do(_finishing(resource, branch, is_committed))
         if finish in (Finish.DONE, Finish.ALREADY):
             done[is_committed] += 1
@@ -156,6 +161,51 @@ def recover_gen(resource: Resource, recovery: Recovery) -> OpGen[Recovered]:
             heuristics += 1
             yield from heuristic_gen(branch.gtid, branch.bqual, finish, recovery)
     return Recovered(done[True], done[False], tuple(in_doubt), heuristics)
+
+
+def sweep_gen(
+    resources: Mapping[str, Resource], node: str, seen: Collection[tuple[bytes, bytes]], recovery: Recovery
+) -> OpGen[frozenset[tuple[bytes, bytes]]]:
+    """
+    Have those branches forgotten that have obeyed, but whoever was to say so ended before it could.
+
+    Returns what is still pending in these resources: to be handed in as `seen` the next time. Only what was pending
+    the last time, too, is looked at; the rest is most likely about to be forgotten anyway.
+
+    Args:
+        resources: By name; those of this process.
+        node: This process's name in lists of participants: what is in a journal is looked at only where it is.
+
+    Raises:
+        CoordError: The cluster cannot be asked now.
+        Exception: A resource cannot be reached now.
+    """
+    pending: list[tuple[bytes, bytes, Resource]] = []
+    after: bytes | None = None
+    is_more = True
+    while is_more:
+        deadline = recovery.clock() + recovery.request_timeout_ms
+        reply = yield Step(RequestKind.QUERY, commands.query_tx_list(after, only_pending=True), deadline)
+        rows, is_more = commands.decode_reply(reply)
+        for gtid, _, _, _, branches in rows:
+            after = gtid
+            for name, where, bqual in branches:
+                resource = resources.get(name)
+                if resource is None or (where != node and isinstance(resource, JournalResource)):
+                    continue
+                pending.append((gtid, bqual, resource))
+    for gtid, bqual, resource in pending:
+        if (gtid, bqual) not in seen or recovery.is_live(gtid):
+            continue
+        # It is committed, whatever has become of the branch: told again, it says so.
+        branch = PreparedBranch(gtid, bqual, "pending")
+        finish = yield Do(_finishing(resource, branch, True))
+        if finish in (Finish.DONE, Finish.ALREADY):
+            recovery.count("swept")
+            recovery.forget([(gtid, bqual)])
+        else:
+            yield from heuristic_gen(gtid, bqual, finish, recovery)
+    return frozenset((gtid, bqual) for gtid, bqual, _ in pending)
 
 
 def _finishing(resource: Resource, branch: PreparedBranch, commit: bool) -> Callable[[], Finish]:
@@ -233,7 +283,7 @@ def _tell_gen(
         if not ending.is_done:
             waiting.append(member)
         if commit and decider is None:
-            recovery.forget([(gtid, bqual) for bqual in ending.ended])
+            recovery.forget([(gtid, bqual) for bqual in obeyed(member, ending)])
         for bqual, finish in ending.heuristics:
             yield from heuristic_gen(gtid, bqual, finish, recovery)
     return waiting

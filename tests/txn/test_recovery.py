@@ -1,0 +1,108 @@
+"""What recovery finds when others were at work at the same time, or ended before they could say what they had done."""
+
+from __future__ import annotations
+
+from coordlib.machine import commands
+from coordlib.node.operations import Success
+from coordlib.txn.branches import PreparedBranch
+from coordlib.txn.commit import commit_gen
+from coordlib.txn.gtid import resource_tag
+from coordlib.txn.journal import JournalResource, MemoryJournal
+from coordlib.txn.members import Ending, obeyed
+from coordlib.txn.recovery import recover_gen, sweep_gen
+from coordlib.txn.service import Answer, RemoteMember, Status
+from tests.txn.model import Choices, ModelResource, World
+
+
+def pending(world: World) -> list[bytes]:
+    """Branches that the log still remembers."""
+    rows = world.driver.ask(commands.query_tx_state(world.gtid))[5]
+    return [bqual for _, _, bqual in rows]
+
+
+def committed(world: World) -> World:
+    """A transaction of two stores that all have obeyed; nobody has said so."""
+    for store in world.stores:
+        world.enlist(store)
+    world.run(commit_gen(world.tx, world.context), with_faults=False)
+    world.forgotten.clear()
+    return world
+
+
+def test_what_has_obeyed_is_forgotten_although_nobody_said_so() -> None:
+    """Whoever was to say it has crashed. Looked at is what was pending the last time, too; nothing is done twice."""
+    world = committed(World(Choices((), 0)))
+    stores = {store.name: store for store in world.stores}
+    assert len(pending(world)) == 2
+    seen = world.run(sweep_gen(stores, "n1", (), world.agent), with_faults=False)
+    assert (len(seen), world.forgotten) == (2, [])
+    assert world.run(sweep_gen(stores, "n1", seen, world.agent), with_faults=False) == seen
+    world.apply(world.other, commands.tx_forget(world.forgotten))
+    assert pending(world) == []
+    assert world.run(sweep_gen(stores, "n1", seen, world.agent), with_faults=False) == frozenset()
+
+
+def test_a_committed_branch_that_nobody_was_told_of_is_committed_by_the_sweep() -> None:
+    """It is pending and prepared: the same as if recovery had found it in its store."""
+    world = World(Choices((), 0))
+    branches = [world.enlist(store) for store in world.stores]
+    world.run(commit_gen(world.tx, world.context, until_applied=False), with_faults=False)
+    stores = {store.name: store for store in world.stores}
+    seen = world.run(sweep_gen(stores, "n1", (), world.agent), with_faults=False)
+    world.run(sweep_gen(stores, "n1", seen, world.agent), with_faults=False)
+    assert [branch.state for branch in branches] == ["committed", "committed"]
+    assert sorted(world.forgotten) == sorted(seen)
+
+
+def test_only_the_node_that_has_a_journal_says_what_is_in_it() -> None:
+    """The journal of another node's service of the same name knows nothing of the branch: no proof that it has obeyed."""
+    world = World(Choices((), 0))
+    journal = JournalResource("stock", MemoryJournal(), None)  # type: ignore[arg-type]  # nothing of it is prepared
+    participant = (journal.name, "n2", b"branch-xx")
+    body = commands.tx_decide(world.gtid, world.tx.deadline_ms, participants=[participant])
+    world.apply(world.session, body)
+    resources = {journal.name: journal}
+    assert world.run(sweep_gen(resources, "n1", (), world.agent), with_faults=False) == frozenset()
+    seen = world.run(sweep_gen(resources, "n2", (), world.agent), with_faults=False)
+    assert seen == {(world.gtid, b"branch-xx")}
+    world.run(sweep_gen(resources, "n2", seen, world.agent), with_faults=False)
+    assert world.forgotten == [(world.gtid, b"branch-xx")]
+
+
+def test_a_service_that_had_obeyed_before_need_not_be_remembered() -> None:
+    """The answer to the first COMMIT was lost; to the second one it no longer says which branches it had."""
+    member = RemoteMember("stock", 7, b"g" * 16, 0, 9000)
+    vote = Answer(Status.VOTED, [["service:stock", "n2", b"one"], ["orders", "n2", b"two"]])
+    member.read_vote(Success(vote.encode()))
+    ending = member.read_ending(True, Success(Answer(Status.ENDED, [[], []]).encode()))
+    assert ending.is_done
+    assert obeyed(member, ending) == (b"one", b"two")
+    odd = Answer(Status.ENDED, [[], [[b"two", "heuristic-rollback"]]])
+    assert obeyed(member, member.read_ending(True, Success(odd.encode()))) == (b"one",)
+    assert obeyed(member, Ending(False, ended=(b"two",))) == (b"two",)
+
+
+class Hurried(ModelResource):
+    """Somebody else commits everything as soon as it has been listed once."""
+
+    def prepared(self) -> list[PreparedBranch]:
+        found = super().prepared()
+        for branch in self.branches.values():
+            branch.state = "committed"
+        return found
+
+
+def test_what_was_ended_since_it_was_found_is_no_heuristic() -> None:
+    """
+    A last resource removes its marker when nobody is in doubt any more. Who found a branch before that, and asks after
+    it, is told "not committed", and must not take a branch that is gone for one that somebody ended by hand.
+    """
+    world = World(Choices((), 0))
+    store = Hurried(world, "orders")
+    world.tx.set_decider(resource_tag("local"))
+    branch = world.enlist(store)
+    branch.state = "prepared"
+    world.is_at_work = False
+    recovered = world.run(recover_gen(store, world.agent), with_faults=False)
+    assert (recovered.heuristics, recovered.rolled_back, recovered.in_doubt) == (0, 0, ())
+    assert branch.state == "committed"
