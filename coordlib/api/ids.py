@@ -248,7 +248,9 @@ class _IdsBase:
             # If there is time left, ids go on, and with the next ones this does.
             self._minter.rearm_renewal(RETRY_MS)
             if not self._is_revoked:
-                log.warning(
+                # Those who wait are told by the error: a line for each of theirs, too, could be thousands in a second.
+                log.log(
+                    logging.DEBUG if self._waiting else logging.WARNING,
                     "ids %r: no new window: %s",
                     self.name,
                     refusal,
@@ -311,6 +313,16 @@ class _IdsBase:
         if self._is_revoked:
             yield from self._give_back_gen(lease, from_unit, FOREVER_MS)
             return
+        if now_unit == 0:
+            # Ids go on for the longest window, all at their first moments, and then no more: tell it while there is time.
+            log.warning(
+                "ids %r: the time of the cluster is before their epoch, %s, which its clocks must reach within %d s: set "
+                "the clocks, or use another name with an earlier epoch",
+                self.name,
+                layout.start_of(0),
+                WINDOW_MS_MAX // 1000,
+                extra={"event": "ids.before_epoch", "generator": self.name},
+            )
         self._leases += 1
         self._window_ms = window_ms
         info = self._minter.info()
@@ -346,6 +358,12 @@ class _IdsBase:
             # log_time has fallen behind the time of ids by a whole window, as it may when leaders change often. Not more
             # than is needed: for so long nobody else has the worker, should this process be killed.
             wanted_ms = min(window_ms + (reached - now_unit) * self.layout.unit_ms, WINDOW_MS_MAX)
+        if now_unit == 0:
+            raise IdLeaseExpired(
+                f"the time of ids {self.name!r} begins at their epoch, {self.layout.start_of(0)}, which the cluster's time has "
+                "not reached; no id was minted. Set the clocks, or use another name with an earlier epoch",
+                name=self.name,
+            )
         raise IdLeaseExpired(
             f"ids {self.name!r} of this process are ahead of the cluster's time by more than {WINDOW_MS_MAX} ms, the longest "
             "window; no id was minted. Wait, or mint elsewhere",
@@ -431,8 +449,9 @@ class Ids(_IdsBase):
             ConditionFailed: The cluster knows this name with another layout.
             IdOverflow: The layout's time is used up.
             Overloaded: More ids were asked for, by all threads, than the layout has time for.
-            ClusterClosed, ForkedError: The cluster was closed; this is a forked child. After none of these errors was an
-                id minted.
+            ClusterClosed, ForkedError: The cluster was closed; this is a forked child.
+            UsageError: Called by a signal handler or a finaliser that interrupted a mint of the same generator. After
+                none of these errors was an id minted.
         """
         return self._minter.mint()
 

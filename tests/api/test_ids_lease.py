@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import coordlib
-from coordlib.api.ids import AHEAD_MS, FIRST_WINDOW_MS, _IdsBase
+from coordlib.api.ids import AHEAD_MS, FIRST_WINDOW_MS, WINDOW_MS_MAX, _IdsBase
 from coordlib.cbor import decode, encode
 from coordlib.ids.layout import DEFAULT, Layout
 from coordlib.ids.minter import NeedsWindow
@@ -200,6 +200,34 @@ def test_a_refusal_ends_the_wait_of_all_and_is_tried_again_with_later_ids(desk: 
     desk.now_ms += 1001
     assert desk.mint()[1] == 5
     assert desk.body()[0] == OpCode.IDS_LEASE
+
+
+def test_a_refusal_is_logged_if_nobody_is_there_to_be_told(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line for each mint that has the error anyway would be thousands in a second."""
+    desk._join(Call(RequestKind.QUERY, b""))
+    desk.refuse(coordlib.QuotaExceeded("all workers are leased"))
+    assert caplog.records == []
+    desk._ask()
+    desk.refuse(coordlib.QuotaExceeded("all workers are leased"))
+    assert [record.__dict__["event"] for record in caplog.records] == ["ids.refused"]
+
+
+def test_a_cluster_before_the_epoch_is_told_at_once_and_named_when_it_ends(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its time stands still until the epoch: there are ids for the longest window only."""
+    desk.lease(5, 77, 0, WINDOW_MS_MAX)
+    assert [record.__dict__["event"] for record in caplog.records] == ["ids.before_epoch"]
+    assert desk.mint() == (1, 5)
+    desk.now_ms += WINDOW_MS_MAX
+    waiting = Call(RequestKind.QUERY, b"")
+    desk._join(waiting)
+    desk.answer(WINDOW_MS_MAX, 0)
+    desk.answer(WINDOW_MS_MAX, 0)
+    assert isinstance(waiting.error, coordlib.IdLeaseExpired)
+    assert "2025-01-01" in waiting.error.message
 
 
 def test_no_id_is_zero(desk: Desk) -> None:
