@@ -169,11 +169,9 @@ def _ids_arguments(parser: argparse.ArgumentParser) -> None:
     )
     skip.add_argument(
         "--not-before",
-        dest="not_before_ms",
-        metavar="MS",
-        type=int,
-        default=0,
-        help="a time, in ms since 1970, up to which the original ran, if the clocks here may be behind it",
+        metavar="TIME",
+        help="up to when the original ran, by the time of its ids, if that may be later than what the clocks here say: "
+        "in ms since 1970, or as `coordlib ids inspect` shows it for the newest id there is",
     )
 
 

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from coordlib.api.cluster import Cluster
@@ -39,6 +39,7 @@ __all__ = ["FORMS", "run"]
 
 PAGE: Final = 500
 BLOCK: Final = 1000
+_UNIX: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _from_decimal(text: str) -> int:
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     number = FORMS[arguments.form][0](arguments.id)
+    if arguments.name is not None and arguments.layout is not None:
+        raise UsageError("--layout is for ids that no cluster is asked about: leave it out, or --name")
     if arguments.name is None:
         print(inspect(number, _preset(arguments) or DEFAULT))
         return 0
@@ -81,10 +84,12 @@ def _mint(arguments: argparse.Namespace) -> int:
         raise UsageError("-n is 0 or more")
     write = FORMS[arguments.form][1]
     if arguments.worker is not None:
+        if arguments.name is not None:
+            raise UsageError("--worker mints without a cluster, and --name with one: leave one of them out")
         alone = standalone(worker=arguments.worker, layout=_preset(arguments) or DEFAULT)
         _print(_blocks(alone.mint_many, alone.layout, arguments.count), write)
         return 0
-    name = arguments.name or "default"
+    name = "default" if arguments.name is None else arguments.name
     with _cluster(arguments) as cluster:
         ids = cluster.ids(name, layout=_preset(arguments) or _known_layout(cluster, name))
         _print(_blocks(ids.mint_many, ids.layout, arguments.count), write)
@@ -109,9 +114,11 @@ def _skip(arguments: argparse.Namespace) -> int:
             "original can have granted. It cannot know of an original that still runs, which would go on to mint the "
             "same ids. Make sure that none does, its applications included; then repeat this with --original-is-stopped"
         )
+    not_before_ms = 0 if arguments.not_before is None else _time_ms(arguments.not_before)
     with _cluster(arguments) as cluster:
         timeout_ms = cluster._request_timeout_ms
-        newest_ms = max(wall_ms(), arguments.not_before_ms, cluster._run(_log_time_gen(timeout_ms)))
+        before_ms = cluster._run(_floor_gen(timeout_ms))
+        newest_ms = max(wall_ms(), not_before_ms, cluster._run(_log_time_gen(timeout_ms)))
         floor_ms, is_raised = cluster._run(_skip_gen(newest_ms + WINDOW_MS_MAX, timeout_ms))
     if not is_raised:
         print(f"nothing to do: no window begins before {_shown(floor_ms)} already")
@@ -120,13 +127,40 @@ def _skip(arguments: argparse.Namespace) -> int:
         f"no window of any generator begins before {_shown(floor_ms)}; all leases are ended. "
         "Applications may mint now: restart those that have minted since the restore"
     )
+    if before_ms and arguments.not_before is None:
+        print(
+            f"this state has been through a skip before (to {_shown(before_ms)}). If that was in the original, the ids of "
+            "the original ran ahead of the time: find its newest id, and repeat this with --not-before and that id's time",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _time_ms(text: str) -> int:
+    """Milliseconds since 1970, from such a number or from a time as `coordlib ids inspect` shows it."""
+    if text.isascii() and text.isdigit():
+        return int(text)
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None or time < _UNIX:
+        raise UsageError(
+            f"--not-before is milliseconds since 1970, or a time like 2026-01-31T23:59:59.999Z; got {text!r}"
+        )
+    return (time - _UNIX) // timedelta(milliseconds=1) + 1  # a part of a millisecond belongs to it
 
 
 def _skip_gen(floor_ms: int, timeout_ms: int) -> OpGen[tuple[int, bool]]:
     step = Step(RequestKind.COMMAND, commands.ids_skip(floor_ms), monotonic_ms() + timeout_ms)
     floor_ms, is_raised = commands.decode_reply((yield step))
     return floor_ms, is_raised
+
+
+def _floor_gen(timeout_ms: int) -> OpGen[int]:
+    """Before when no window begins, in ms since 1970; 0 if there never was a skip."""
+    reply = yield _query(commands.query_ids_info(b"default"), timeout_ms)
+    return int(commands.decode_reply(reply)[-1])
 
 
 def _log_time_gen(timeout_ms: int) -> OpGen[int]:

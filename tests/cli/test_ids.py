@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from coordlib.api.ids import WINDOW_MS_MAX
 from coordlib.cli import main
 from coordlib.ids import DEFAULT, JS53, LAYOUTS, Layout, from_base32, from_hex
 from tests.cli.conftest import Members
@@ -60,7 +63,12 @@ def test_minting_with_a_worker_asks_nobody_and_is_read_in_every_form(
         (["mint", "--worker", "2000"], "1023"),
         (["mint", "-n", "-1", "--worker", "1"], "-n"),
         (["mint"], "--endpoint"),
+        (["mint", "--worker", "1", "--name", "orders"], "--name"),
+        (["inspect", "1", "--layout", "js53", "--name", "orders"], "--layout"),
         (["skip"], "--original-is-stopped"),
+        (["skip", "--original-is-stopped", "--not-before", "yesterday"], "2026-01-31T"),
+        (["skip", "--original-is-stopped", "--not-before", "2026-01-31T00:00:00"], "2026-01-31T"),
+        (["skip", "--original-is-stopped", "--not-before", "1969-12-31T00:00:00Z"], "since 1970"),
     ],
 )
 def test_mistakes_are_told_in_words(
@@ -129,4 +137,21 @@ def test_after_a_skip_no_window_begins_within_what_was_granted(
         solo.map("m").get("k")  # the answer is on its way by the same road
     assert (DEFAULT.time_of(ids.mint()) - DEFAULT.time_of(before)).total_seconds() >= 590
     assert main(["ids", "skip", "--original-is-stopped", "--not-before", "1000"]) == 0
+    assert "--not-before" not in capsys.readouterr().err
+    # Should this skip have been in the original, whose ids ran ahead since, only its ids can tell by how much.
     assert main(["ids", "skip", "--original-is-stopped"]) == 0
+    assert "--not-before" in capsys.readouterr().err
+
+
+def test_the_time_of_the_newest_id_is_skipped_as_it_is_shown(
+    attached: Members, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An original whose ids ran ahead of the time has granted windows beyond it: none begins where they can be."""
+    ahead_ms = 3_600_000 + time.time_ns() // 1_000_000 - DEFAULT.epoch
+    assert main(["ids", "inspect", str(DEFAULT.compose(ahead_ms, 0, 0))]) == 0
+    shown = lines(capsys)[0].split()[1].rstrip(",")
+    assert main(["ids", "skip", "--original-is-stopped", "--not-before", shown]) == 0
+    capsys.readouterr()
+    assert main(["ids", "mint"]) == 0
+    unit, _, _ = DEFAULT.decompose(int(lines(capsys)[0]))
+    assert unit > ahead_ms + WINDOW_MS_MAX
