@@ -39,7 +39,7 @@ from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import OpGen, Step
-from coordlib.txn.branches import Branch
+from coordlib.txn.branches import Branch, DecidingResource
 from coordlib.txn.commit import abort_gen, commit_gen, finish_gen
 from coordlib.txn.gtid import node_tag
 from coordlib.txn.transaction import Decided, State
@@ -346,7 +346,7 @@ class _TransactionBase:
     def _branch(self, record: Record, resource: Any) -> bytes:
         """The name of a new branch in the resource."""
         self._coordinator.check_registered(resource)
-        if getattr(resource, "is_last_resource", False):
+        if isinstance(resource, DecidingResource):
             record.set_decider(resource.tag)
         return record.name_branch(resource.tag)
 

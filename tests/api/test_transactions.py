@@ -387,10 +387,11 @@ def test_functions_of_the_wrong_flavour_are_refused_when_decorated(cluster: coor
 class Store:
     """A resource in memory that can do everything a database can, and fail like one."""
 
-    def __init__(self, name: str, *, is_last_resource: bool = False) -> None:
+    is_last_resource = False
+
+    def __init__(self, name: str) -> None:
         self.name = name
         self.tag = resource_tag(name)
-        self.is_last_resource = is_last_resource
         self.rows: list[str] = []
         self.held: dict[tuple[bytes, bytes], list[str]] = {}
         self.markers: set[bytes] = set()
@@ -414,6 +415,12 @@ class Store:
             self.rows += rows
         self.ended.set()
         return Finish.DONE
+
+
+class LastStore(Store):
+    """One that cannot prepare, and so decides by itself."""
+
+    is_last_resource = True
 
     def outcome(self, gtid: bytes) -> bool:
         return gtid in self.markers
@@ -563,7 +570,7 @@ def test_a_last_resource_decides_for_the_others(
 ) -> None:
     """It is enlisted first, commits in the middle, and no entry is needed; two of them, or maps, are refused."""
     orders, _ = stores
-    local = cluster.resource(Store("local", is_last_resource=True))
+    local = cluster.resource(LastStore("local"))
     before = entries(cluster)
     with cluster.transaction() as tx:
         tx.enlist(local).append("row")
@@ -579,7 +586,7 @@ def test_a_last_resource_decides_for_the_others(
         tx.enlist(local).append("row")
         cluster.map("stock")["a"] = 1
     assert (local.rows, "a" in cluster.map("stock")) == (["row"], False)
-    second = cluster.resource(Store("second", is_last_resource=True))
+    second = cluster.resource(LastStore("second"))
     with pytest.raises((UsageError, TooManyLastResources)), cluster.transaction() as tx:
         tx.enlist(local).append("row")
         tx.enlist(second).append("row")
