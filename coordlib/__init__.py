@@ -5,6 +5,7 @@ from coordlib.api.codec import Codec
 from coordlib.api.ids import AsyncIds, Ids
 from coordlib.api.locks import AsyncLock, Grant, GrantState, Lock, LockInfo
 from coordlib.api.maps import ABSENT, AsyncMap, Map, VersionedValue
+from coordlib.api.services import AsyncService, Service
 from coordlib.api.transactions import AsyncTransaction, Transaction
 from coordlib.errors import (
     AuthenticationError,
@@ -40,6 +41,7 @@ from coordlib.errors import (
     RemoteProtocolError,
     ResourceNotTwoPhase,
     RevisionCompacted,
+    ServiceError,
     ServiceUnreachable,
     SessionExpired,
     StartError,
@@ -63,6 +65,7 @@ __all__ = [
     "AsyncIds",
     "AsyncLock",
     "AsyncMap",
+    "AsyncService",
     "AsyncTransaction",
     "AuthenticationError",
     "CallLost",
@@ -108,6 +111,8 @@ __all__ = [
     "ResourceNotTwoPhase",
     "Revision",
     "RevisionCompacted",
+    "Service",
+    "ServiceError",
     "ServiceUnreachable",
     "SessionExpired",
     "SessionId",

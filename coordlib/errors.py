@@ -13,7 +13,7 @@
     │  └─ ServiceUnreachable · TransactionAborted > TransactionConflict
     ├─ IndeterminateError         may have happened, or may yet
     │  ├─ CommitTimeout · LeadershipLost · CallTimeout · CallLost
-    │  └─ TransactionOutcomeUnknown · HeuristicOutcome
+    │  └─ TransactionOutcomeUnknown · HeuristicOutcome · ServiceError
     ├─ ProtocolError              LocalProtocolError · RemoteProtocolError · AuthenticationError
     └─ FatalError                 the node has stopped: StorageCorrupt · StorageFailed · InvariantViolation
 
@@ -58,6 +58,7 @@ __all__ = [
     "RemoteProtocolError",
     "ResourceNotTwoPhase",
     "RevisionCompacted",
+    "ServiceError",
     "ServiceUnreachable",
     "SessionExpired",
     "StartError",
@@ -312,6 +313,12 @@ class CallLost(IndeterminateError):
     """The way to the application that was called broke before its answer came: it may have acted on the call."""
 
     code = "call-lost"
+
+
+class ServiceError(IndeterminateError):
+    """The called operation itself raised: what it had done before is its own affair. In a transaction it votes no."""
+
+    code = "service-error"
 
 
 class TransactionOutcomeUnknown(IndeterminateError):

@@ -19,6 +19,7 @@ from coordlib.api.grants import Grants
 from coordlib.api.ids import AsyncIds, Ids, window_milliseconds
 from coordlib.api.locks import AsyncLock, GrantCallback, Lock
 from coordlib.api.maps import AsyncMap, Map
+from coordlib.api.services import AsyncService, Host, Service
 from coordlib.api.transactions import AsyncTransaction, Options, Transaction
 from coordlib.config import (
     ClientSettings,
@@ -42,12 +43,14 @@ from coordlib.storage.segments import SegmentStorage
 from coordlib.transport.registry import find_transport
 from coordlib.txn.branches import Resource
 from coordlib.txn.gtid import cluster_tag
+from coordlib.txn.journal import Journal, MemoryJournal, SqliteJournal
 from coordlib.wire.keys import ClusterKeys, generate_secret
 
 __all__ = ["AsyncCluster", "Cluster", "connect", "connect_async", "local"]
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Resource)
+R2 = TypeVar("R2")
 T = TypeVar("T")
 AnyIds = TypeVar("AnyIds", Ids, AsyncIds)
 log = logging.getLogger("coordlib")
@@ -63,6 +66,7 @@ class _Handle:
     """What both faces share: settings in, a driver inside, and who may use it."""
 
     _make_driver: Callable[[], Driver]
+    _data_dir: str | None = None
     _request_timeout_ms: int
 
     def __init__(
@@ -135,6 +139,7 @@ class _Handle:
             self._setup(lambda: ProcessDriver(settings), timing, name)
         else:
             self._setup(lambda: MemberDriver(settings, lambda: _storage_of(settings)), timing, name)
+        self._data_dir = settings.data_dir
 
     def _setup(self, make_driver: Callable[[], Driver], timing: Timing, cluster_name: str) -> None:
         self._cluster_name = cluster_name
@@ -146,6 +151,8 @@ class _Handle:
         self._lifecycle = threading.Lock()
         self._grants = Grants()
         self._made_coordinator: Coordinator | None = None
+        self._host: Host | None = None
+        self._is_local = False
         self._tasks: dict[asyncio.Future[None], None] = {}
         self._generators: dict[str, Any] = {}  # of ids, by name; all of them of this handle's flavour
 
@@ -153,6 +160,7 @@ class _Handle:
     def _of(cls, make_driver: Callable[[], Driver], timing: Timing, cluster_name: str = "local") -> Self:
         self = cls.__new__(cls)
         self._setup(make_driver, timing, cluster_name)
+        self._is_local = cluster_name == "local"
         return self
 
     @classmethod
@@ -202,6 +210,8 @@ class _Handle:
         began = monotonic_ms()
         if self._made_coordinator is not None:
             self._made_coordinator.close(min(1.0, timeout_seconds))
+        if self._host is not None:
+            self._host.close()
         deadline = began + min(RETURN_MS, max(0, round(timeout_seconds * 1000)))
         generators = list(self._generators.values())
         for ids in generators:
@@ -228,6 +238,39 @@ class _Handle:
                         self._request_timeout_ms,
                     )
         return found
+
+    @property
+    def _driver_for_calls(self) -> Driver:
+        driver = self._driver
+        assert driver is not None
+        return driver
+
+    def _run_here(self, operation: OpGen[T]) -> T:
+        return run(self._engine, operation)
+
+    def _serve(self, name: str, handler: Any, directory: str | os.PathLike[str] | None) -> None:
+        self._engine  # noqa: B018  # raises if the handle cannot be used
+        if self._is_local:
+            open_journal: Callable[[], Journal] = MemoryJournal
+        else:
+            where = directory if directory is not None else self._data_dir
+
+            def open_journal() -> Journal:
+                if where is None:
+                    raise ConfigError(
+                        "a service that keeps what it promises in coordlib's journal needs a directory for it: give "
+                        "directory=... (a client has none of its own)"
+                    )
+                os.makedirs(where, exist_ok=True)
+                return SqliteJournal(os.path.join(where, "participants.db"))
+
+        coordinator = self._coordinator
+        with self._lifecycle:
+            if self._host is None:
+                self._host = Host(self)
+            host = self._host
+        del coordinator
+        host.add(name, handler, open_journal)
 
     def _register(self, resource: R) -> R:
         self._engine  # noqa: B018  # raises if the handle cannot be used
@@ -470,6 +513,34 @@ class Cluster(_Handle):
         """
         return self._register(resource)
 
+    def service(self, name: str) -> Service:
+        """The service `name`, wherever it is hosted; asks nothing yet. See `Service`."""
+        return Service(self, name)
+
+    def participant(
+        self, name: str, *, directory: str | os.PathLike[str] | None = None
+    ) -> Callable[[R2], R2]:
+        """
+        Host a service: decorate its class (an instance is made without arguments), or call this with an object.
+
+        Its public methods are the operations that other applications call; they run on threads of coordlib's. In a
+        caller's transaction, `cluster.transaction()` within them joins that, and enlists databases. A service without a
+        database has the methods of `coordlib.txn.journal.Handler`; what it promises is kept in a journal.
+
+        Args:
+            directory: For the journal: a local disk, and no other process's; by default the member's `data_dir`.
+
+        Raises:
+            UsageError: It is hosted already, or lacks a method.
+            ConfigError: It needs a journal, and there is no directory.
+        """
+
+        def host(target: R2) -> R2:
+            self._serve(name, target() if inspect.isclass(target) else target, directory)
+            return target
+
+        return host
+
     def outcome(self, gtid: bytes) -> str:
         """What became of a transaction: "committed", "aborted", "none" (not decided yet) or "unknown" (too old)."""
         return self._run(transactions.outcome_gen(gtid, self._request_timeout_ms))
@@ -596,6 +667,21 @@ class AsyncCluster(_Handle):
     async def resource(self, resource: R) -> R:
         """See `Cluster.resource`."""
         return await asyncio.to_thread(self._register, resource)
+
+    def service(self, name: str) -> AsyncService:
+        """See `Cluster.service`."""
+        return AsyncService(self, name)
+
+    def participant(
+        self, name: str, *, directory: str | os.PathLike[str] | None = None
+    ) -> Callable[[R2], R2]:
+        """
+        Not for tasks yet.
+
+        Raises:
+            FlavourError: Services run on threads: host them with a Cluster.
+        """
+        raise FlavourError("services run on threads: host them with a Cluster, beside this one if need be")
 
     async def outcome(self, gtid: bytes) -> str:
         """See `Cluster.outcome`."""

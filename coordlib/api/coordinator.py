@@ -20,6 +20,8 @@ from coordlib.node.operations import FOREVER_MS, OpGen, Step
 from coordlib.txn.branches import DecidingResource, Resource
 from coordlib.txn.commit import Context, Counters, Unfinished
 from coordlib.txn.gtid import GtidMinter, text_of
+from coordlib.txn.journal import JournalResource
+from coordlib.txn.participant import Participants
 from coordlib.txn.recovery import complete_gen, recover_gen
 from coordlib.wire.messages import RequestKind
 
@@ -64,6 +66,7 @@ class Coordinator:
         self._log_time_at = 0
         self._live: dict[bytes, int] = {}  # how many are at work on it: its own code, the agent
         self.resources: dict[str, Resource] = {}
+        self.participants: Participants | None = None  # of the services that this handle hosts
         self._left: deque[Unfinished] = deque()
         self._operations: deque[OpGen[None]] = deque()
         self._forgotten: list[tuple[bytes, bytes]] = []
@@ -107,7 +110,9 @@ class Coordinator:
 
     def is_live(self, gtid: bytes) -> bool:
         with self._lock:
-            return gtid in self._live
+            if gtid in self._live:
+                return True
+        return self.participants is not None and self.participants.is_live(gtid)
 
     def decider(self, tag: bytes) -> DecidingResource | None:
         for resource in self.resources.values():
@@ -209,11 +214,17 @@ class Coordinator:
             self._wake.clear()
             try:
                 self._finish_left()
+                participants = self.participants
+                if participants is not None:
+                    for work in participants.due():
+                        self._run(participants.inquire_gen(work))
                 if monotonic_ms() >= self._recover_at:
                     self._recover_at = monotonic_ms() + RECOVER_EVERY_MS
                     self.recover()
             except (ClusterClosed, ForkedError, FatalError):
                 return
+            except CoordError as error:
+                log.warning("transactions: %s", error, extra={"event": "transaction.agent"})
             self._wake.wait(1.0)
 
     def _finish_left(self) -> None:
@@ -255,6 +266,8 @@ class Coordinator:
             if self._is_closed:
                 return
             try:
+                if isinstance(resource, JournalResource):
+                    resource.obey_again()
                 recovered = self._run(recover_gen(resource, self))
             except (ClusterClosed, ForkedError, FatalError):
                 raise

@@ -42,6 +42,7 @@ from coordlib.node.operations import OpGen, Step
 from coordlib.txn.branches import Branch, DecidingResource
 from coordlib.txn.commit import abort_gen, commit_gen, finish_gen
 from coordlib.txn.gtid import node_tag
+from coordlib.txn.service import RemoteMember
 from coordlib.txn.transaction import Decided, State
 from coordlib.txn.transaction import Transaction as Record
 from coordlib.types import Revision
@@ -136,6 +137,8 @@ class _TransactionBase:
         }
         self._result: Decided | None = None
         self._grants: list[Grant] = []
+        self._services: dict[str, RemoteMember] = {}
+        self._notes: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
         return f"<coordlib.{type(self).__name__} {self.state}>"
@@ -165,6 +168,12 @@ class _TransactionBase:
         """Of its replicated changes, once it is committed; 0 if it made none."""
         result = self._outermost._result
         return Revision(0 if result is None else result.revision)
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """What the application keeps for this transaction; a service that takes part has notes of its own."""
+        outermost = self._outermost
+        return self._notes if outermost is self else outermost.notes
 
     def remaining(self) -> float:
         """Seconds until its time is over: nothing is decided after that."""

@@ -26,6 +26,7 @@ def operations(cls: type[Any]) -> dict[str, Any]:
         (coordlib.Cluster, coordlib.AsyncCluster, ONLY_ASYNC_CLUSTER),
         (coordlib.Map, coordlib.AsyncMap, ONLY_ASYNC_MAP),
         (coordlib.Lock, coordlib.AsyncLock, set()),
+        (coordlib.Service, coordlib.AsyncService, set()),
         (coordlib.Transaction, coordlib.AsyncTransaction, set()),
         (coordlib.Ids, coordlib.AsyncIds, set()),
     ],

@@ -1,0 +1,392 @@
+"""Services: operations of other applications of the cluster, called by name, within a transaction or without.
+
+::
+
+    @cluster.participant("inventory")               # in the application that hosts it
+    class Inventory:
+        def reserve(self, sku, count): ...
+
+    inventory = cluster.service("inventory")        # in any other
+    with cluster.transaction() as tx:
+        inventory.reserve("sku-1", 1)               # takes part; the same replica for all of the transaction
+
+A service keeps its state in databases (`cluster.transaction()` in a handler joins the caller's, and enlists them),
+or in its own way, with the four methods of `coordlib.txn.journal.Handler`.
+
+What must not live here: the protocol (`coordlib.txn.service`, `participant`), and how calls travel (`node.calls`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from coordlib.api.codec import CANONICAL
+from coordlib.api.overlay import Overlay, current_overlay
+from coordlib.api.transactions import Options, Transaction, _current, _TransactionBase
+from coordlib.errors import (
+    CallLost,
+    CallTimeout,
+    CoordError,
+    Overloaded,
+    RemoteProtocolError,
+    ServiceError,
+    ServiceUnreachable,
+    UsageError,
+)
+from coordlib.machine import commands
+from coordlib.node.clock import monotonic_ms
+from coordlib.node.effects import InboundCall
+from coordlib.node.operations import Do, OpGen, Step
+from coordlib.node.session import SessionState, SessionView
+from coordlib.txn.gtid import node_tag
+from coordlib.txn.journal import Handler, Journal, JournalBranch, JournalResource
+from coordlib.txn.participant import Participants, Work
+from coordlib.txn.service import Answer, RemoteMember, Status, Verb, Wish, decode_answer, decode_wish
+from coordlib.txn.transaction import BRANCHES_MAX
+from coordlib.txn.transaction import Transaction as Record
+from coordlib.wire.messages import CallStatus, RequestKind
+
+if TYPE_CHECKING:
+    from coordlib.api.cluster import AsyncCluster, Cluster, _Handle
+
+__all__ = ["AsyncService", "Host", "Service"]
+
+log = logging.getLogger("coordlib")
+
+THREADS: Final = 16
+WAITING_MAX: Final = 1024
+"""Calls that wait for a thread; more are refused with Overloaded."""
+
+RETRY_SECONDS: Final = 0.02
+_OWN: Final = frozenset(("prepare", "restore", "commit", "abort"))
+
+
+# --- calling ----------------------------------------------------------------------------------------------
+
+
+class _ServiceBase:
+    def __init__(self, cluster: Cluster | AsyncCluster, name: str) -> None:
+        if type(name) is not str or not name or len(name) > 255:
+            raise UsageError(f"the name of a service is a str of 1 to 255 characters; got {name!r}")
+        self._cluster = cluster
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<coordlib.{type(self).__name__} {self._name!r}>"
+
+    def _call_gen(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpGen[Any]:
+        payload = CANONICAL.encode([list(args), kwargs])
+        found = _current.get()
+        outer = None if found is None or found._cluster is not self._cluster else found._outermost
+        if outer is None:
+            by = monotonic_ms() + self._cluster._request_timeout_ms
+            target = yield from self._target_gen(0, by)
+            wish = Wish(Verb.CALL, self._name, operation=operation, payload=payload)
+            reply = yield Step(RequestKind.CALL, wish.encode(), by, target=target)
+            answer = decode_answer(reply)
+        else:
+            answer = yield from self._take_part_gen(outer, operation, payload)
+        if answer.status == Status.RETURNED and type(answer.payload) is bytes:
+            return CANONICAL.decode(answer.payload)
+        if answer.status == Status.RAISED:
+            kind, message = answer.payload
+            raise ServiceError(f"{self._name}.{operation} raised {kind}: {message}", type_name=str(kind))
+        raise ServiceUnreachable(f"service {self._name!r} refused the call: {answer.payload}")
+
+    def _target_gen(self, choice: int, by: int) -> OpGen[int]:
+        reply = yield Step(RequestKind.QUERY, commands.query_services(self._name), by)
+        rows, _ = commands.decode_reply(reply)
+        if not rows:
+            raise ServiceUnreachable(f"nobody hosts service {self._name!r} at present")
+        session: int = rows[choice % len(rows)][1]
+        return session
+
+    def _take_part_gen(self, outer: _TransactionBase, operation: str, payload: bytes) -> OpGen[Answer]:
+        if isinstance(outer, JoinedTransaction):
+            raise UsageError(
+                "a service that takes part in a transaction cannot call others in it: let its caller do it"
+            )
+        record = yield from outer._name_gen()
+        member = outer._services.get(self._name)
+        if member is None:
+            number = len(outer._services)
+            if number >= BRANCHES_MAX // 4:
+                raise UsageError("a transaction calls 16 services at most")
+            choice = int.from_bytes(record.gtid[-2:], "big")
+            target = yield from self._target_gen(choice, record.expires_ms)
+            if self._name in outer._services:
+                raise UsageError("a transaction is for one thread or task at a time")
+            member = RemoteMember(
+                self._name, target, record.gtid, number, record.deadline_ms, record.decider_tag
+            )
+            outer._services[self._name] = member
+            record.members.append(member)
+        step = member.call(operation, payload, record.expires_ms)
+        while True:
+            try:
+                answer = decode_answer((yield step))
+                if answer.status != Status.BUSY:
+                    return answer
+            except (CallLost, CallTimeout, Overloaded):
+                # Asked again, it is not done again: the sequence says that it is the same.
+                if monotonic_ms() + RETRY_SECONDS * 1000 >= record.expires_ms:
+                    record.doomed = f"the answer to {self._name}.{operation} was lost"
+                    raise
+            yield Step.pause(RETRY_SECONDS)
+            step = member.call_again(operation, payload, record.expires_ms)
+
+
+class Service(_ServiceBase):
+    """
+    A service of the cluster: its operations are this object's methods. Arguments and results are canonical values.
+
+    Within a transaction of the same handle it takes part in it. Every call raises ServiceError if the operation
+    itself raised, ServiceUnreachable if nobody hosts it (nothing happened), CallTimeout or CallLost if no answer
+    came: outside of a transaction it may have happened then.
+
+    .. versionadded:: 0.1
+    """
+
+    _cluster: Cluster
+
+    def call(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Run an operation there, and return its result."""
+        return self._cluster._run(self._call_gen(operation, args, kwargs))
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        if operation.startswith("_"):
+            raise AttributeError(operation)
+        return lambda *args, **kwargs: self.call(operation, *args, **kwargs)
+
+
+class AsyncService(_ServiceBase):
+    """
+    `Service` for tasks.
+
+    .. versionadded:: 0.1
+    """
+
+    _cluster: AsyncCluster
+
+    async def call(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
+        """See `Service.call`."""
+        return await self._cluster._arun(self._call_gen(operation, args, kwargs))
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        if operation.startswith("_"):
+            raise AttributeError(operation)
+        return lambda *args, **kwargs: self.call(operation, *args, **kwargs)
+
+
+# --- hosting ----------------------------------------------------------------------------------------------
+
+
+class JoinedTransaction(Transaction):
+    """Another application's transaction, as the handlers of a service that takes part in it have it."""
+
+    def __init__(self, cluster: Cluster, work: Work) -> None:
+        super().__init__(cluster, Options.of(1.0, "serializable", "applied", True, "join"))
+        self._work = work
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """Empty at the first call of the service, gone at the end."""
+        return self._work.notes
+
+    @property
+    def gtid(self) -> bytes:
+        return self._work.gtid
+
+    @property
+    def state(self) -> str:
+        return self._work.state.value
+
+    @property
+    def _active(self) -> Record:
+        return cast(Record, self._work)  # the same for what is asked of it: names, branches, time
+
+    def _name_gen(self) -> OpGen[Record]:
+        return self._active
+        yield
+
+    def _branch(self, record: Record, resource: Any) -> bytes:
+        self._coordinator.check_registered(resource)
+        if hasattr(resource, "outcome"):
+            raise UsageError(
+                "a resource that cannot prepare (SQLite) cannot take part in another application's transaction"
+            )
+        return record.name_branch(resource.tag)
+
+
+class _Hosted:
+    """One service of this process."""
+
+    def __init__(self, name: str, handler: Any, resource: JournalResource | None) -> None:
+        self.name = name
+        self.handler = handler
+        self.resource = resource
+        self.operations = {
+            key: value
+            for key, value in inspect.getmembers(handler, callable)
+            if not key.startswith("_") and (resource is None or key not in _OWN)
+        }
+
+
+class Host:
+    """All services of one handle: takes calls from the node thread, and runs them on threads of its own."""
+
+    def __init__(self, handle: _Handle) -> None:
+        self._handle = handle
+        coordinator = handle._coordinator
+        self._coordinator = coordinator
+        self._name = coordinator.who
+        self.participants = Participants(self._name, node_tag(self._name), coordinator, threading.Lock())
+        self._hosted: dict[str, _Hosted] = {}
+        self._waiting: queue.SimpleQueue[InboundCall | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._journal: Journal | None = None
+        self._lock = threading.Lock()
+        self._session = 0
+        self._is_closed = False
+        coordinator.participants = self.participants
+        handle._driver_for_calls.add_listener(self._session_changed)
+        handle._driver_for_calls.set_call_handler(self._take)
+
+    def add(self, name: str, handler: Any, open_journal: Callable[[], Journal]) -> None:
+        """
+        Raises:
+            UsageError: A service of that name is hosted here already.
+            Exception: Of the handler, when what it had promised before was given back to it.
+        """
+        resource: JournalResource | None = None
+        with self._lock:
+            if name in self._hosted:
+                raise UsageError(f"service {name!r} is hosted here already")
+            if hasattr(handler, "prepare"):
+                missing = [method for method in sorted(_OWN) if not hasattr(handler, method)]
+                if missing:
+                    raise UsageError(
+                        f"service {name!r} has prepare() and so needs {', '.join(missing)}(), too"
+                    )
+                if self._journal is None:
+                    self._journal = open_journal()
+                resource = JournalResource(name, self._journal, cast(Handler, handler))
+                resource.start()
+            self._hosted[name] = _Hosted(name, handler, resource)
+            while len(self._threads) < THREADS:
+                thread = threading.Thread(target=self._work, name="coordlib-services", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        if resource is not None:
+            self._coordinator.register(resource)
+        self._coordinator.start_agent()
+        self._handle._run_here(self._register_gen(name))
+
+    def _register_gen(self, name: str) -> OpGen[None]:
+        body = commands.service_register(name, self._name)
+        yield Step(RequestKind.COMMAND, body, monotonic_ms() + self._handle._request_timeout_ms)
+
+    def _session_changed(self, view: SessionView, state: SessionState) -> None:
+        # In the node thread. What was registered has gone with the session before.
+        if state is SessionState.CONNECTED and view.session_id != self._session:
+            is_first, self._session = not self._session, view.session_id
+            if not is_first or self._hosted:
+                for name in list(self._hosted):
+                    self._coordinator.later(self._register_gen(name))
+
+    def _take(self, inbound: InboundCall) -> None:
+        """In the node thread: must not block."""
+        if self._waiting.qsize() >= WAITING_MAX:
+            error = Overloaded(
+                f"{WAITING_MAX} calls wait for the services of this process; back off and retry"
+            )
+            self._handle._driver_for_calls.answer(inbound, CallStatus.ERROR, commands.encode_error(error))
+            return
+        self._waiting.put(inbound)
+
+    def _work(self) -> None:
+        while True:
+            inbound = self._waiting.get()
+            if inbound is None:
+                return
+            try:
+                body = self._answer(inbound)
+            except CoordError as error:
+                self._reply(inbound, CallStatus.ERROR, commands.encode_error(error))
+            except Exception:
+                log.exception("a call could not be answered", extra={"event": "service.bug"})
+                self._reply(inbound, CallStatus.UNKNOWN, b"")
+            else:
+                self._reply(inbound, CallStatus.OK, body)
+
+    def _reply(self, inbound: InboundCall, status: int, body: bytes) -> None:
+        try:
+            self._handle._driver_for_calls.answer(inbound, status, body)
+        except CoordError as error:
+            log.warning("an answer could not be sent: %s", error, extra={"event": "service.answer"})
+            self._handle._driver_for_calls.answer(inbound, CallStatus.UNKNOWN, b"")
+
+    def _answer(self, inbound: InboundCall) -> bytes:
+        left_ms = inbound.deadline_ms - monotonic_ms()
+        if left_ms <= 0:
+            return Answer(Status.REFUSED, "too late").encode()
+        wish = decode_wish(inbound.body)
+        if wish.verb == Verb.ASK:
+            return Answer(Status.BUSY).encode()
+        hosted = self._hosted.get(wish.service)
+        if hosted is None:
+            return Answer(Status.REFUSED, f"service {wish.service!r} is not hosted here").encode()
+        if wish.gtid:
+            operation = self.participants.handle_gen(wish, left_ms, self._execute)
+            answer: Answer = self._handle._run_here(operation)
+            return answer.encode()
+        try:
+            result = self._run(hosted, wish.operation, wish.payload)
+        except Exception as error:
+            return Answer(Status.RAISED, [type(error).__name__, str(error)]).encode()
+        return Answer(Status.RETURNED, result).encode()
+
+    def _execute(self, work: Work, operation: str, payload: bytes) -> Do:
+        return Do(lambda: self._run_joined(work, operation, payload))
+
+    def _run_joined(self, work: Work, operation: str, payload: bytes) -> bytes:
+        hosted = self._hosted[work.service]
+        joined = JoinedTransaction(cast("Cluster", self._handle), work)
+        if hosted.resource is not None and not work.members:
+            bqual = work.name_branch(hosted.resource.tag)
+            work.enlist(JournalBranch(hosted.resource, work.gtid, bqual, work.deadline_ms, joined))
+        # Changes of maps would have to travel to the initiator: they are refused, not made at once.
+        overlay = Overlay(is_read_only=True, is_serializable=True)
+        tokens = _current.set(joined), current_overlay.set((self._handle, overlay))
+        try:
+            return self._run(hosted, operation, payload)
+        finally:
+            _current.reset(tokens[0])
+            current_overlay.reset(tokens[1])
+
+    def _run(self, hosted: _Hosted, operation: str, payload: bytes) -> bytes:
+        function = hosted.operations.get(operation)
+        if function is None:
+            raise UsageError(f"service {hosted.name!r} has no operation {operation!r}")
+        decoded = CANONICAL.decode(payload)
+        if type(decoded) is not list or len(decoded) != 2:
+            raise RemoteProtocolError("malformed arguments")
+        args, kwargs = decoded
+        return CANONICAL.encode(function(*args, **kwargs))
+
+    def close(self) -> None:
+        """Take no more calls. Never raises."""
+        with self._lock:
+            self._is_closed = True
+            threads, self._threads = self._threads, []
+        for _ in threads:
+            self._waiting.put(None)
+        for thread in threads:
+            thread.join(1.0)
+        if self._journal is not None:
+            self._journal.close()

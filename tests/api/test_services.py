@@ -1,0 +1,204 @@
+"""Services of other applications, called by name, in a transaction and without."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coordlib
+from coordlib.errors import (
+    ConfigError,
+    FlavourError,
+    ServiceError,
+    ServiceUnreachable,
+    TransactionAborted,
+    UsageError,
+)
+from coordlib.txn.branches import BranchFailed
+from tests.api.conftest import Trio
+from tests.api.test_transactions import Store
+
+
+class Shelf:
+    """A service without a database: what it has is in memory, what it promised in the journal."""
+
+    def __init__(self, cluster: coordlib.Cluster, pieces: int = 5) -> None:
+        self._cluster = cluster
+        self._lock = threading.Lock()
+        self.pieces = pieces
+        self.reserved = 0
+        self.ended = threading.Event()
+
+    def take(self, count: int) -> int:
+        with self._cluster.transaction() as tx:
+            tx.notes["count"] = tx.notes.get("count", 0) + count
+            return self.pieces - self.reserved
+
+    def fail(self) -> None:
+        raise ValueError("no such piece")
+
+    def add(self, a: int, *, b: int) -> int:
+        return a + b
+
+    def prepare(self, tx: Any) -> bytes | None:
+        count = tx.notes.get("count", 0)
+        if not count:
+            return None
+        with self._lock:
+            if self.pieces - self.reserved < count:
+                raise ValueError("not enough on the shelf")
+            self.reserved += count
+        return bytes([count])
+
+    def restore(self, redo: bytes) -> None:
+        self.reserved += redo[0]
+
+    def commit(self, redo: bytes) -> None:
+        with self._lock:
+            self.reserved -= redo[0]
+            self.pieces -= redo[0]
+        self.ended.set()
+
+    def abort(self, redo: bytes) -> None:
+        with self._lock:
+            self.reserved -= redo[0]
+        self.ended.set()
+
+
+@pytest.fixture
+def shelf(cluster: coordlib.Cluster) -> Shelf:
+    shelf = Shelf(cluster)
+    cluster.participant("shelf")(shelf)
+    return shelf
+
+
+def test_a_service_is_called_without_a_transaction(cluster: coordlib.Cluster, shelf: Shelf) -> None:
+    """Arguments and results travel as values; what the operation raises arrives as an error of its own."""
+    service = cluster.service("shelf")
+    assert service.add(1, b=2) == 3
+    assert service.call("add", 3, b=4) == 7
+    with pytest.raises(ServiceError, match="no such piece") as caught:
+        service.fail()
+    assert caught.value.type_name == "ValueError"
+    with pytest.raises(ServiceError, match="no operation"):
+        service.prepare(None)  # not for callers
+    with pytest.raises(ServiceUnreachable, match="nobody hosts"):
+        cluster.service("attic").add(1)
+
+
+def test_a_service_takes_part_in_its_caller_s_transaction(cluster: coordlib.Cluster, shelf: Shelf) -> None:
+    """With a map and a database: all or nothing, and one entry decides."""
+    orders, stock = cluster.resource(Store("orders")), cluster.map("stock")
+    service = cluster.service("shelf")
+    with cluster.transaction() as tx:
+        assert service.take(2) == 5
+        assert service.take(1) == 5
+        tx.enlist(orders).append("order")
+        stock["sold"] = 3
+        assert shelf.pieces == 5
+    assert (shelf.pieces, shelf.reserved, orders.rows, stock["sold"]) == (2, 0, ["order"], 3)
+    with pytest.raises(TransactionAborted, match="not enough") as caught, cluster.transaction() as tx:
+        service.take(9)
+        tx.enlist(orders).append("order")
+        stock["sold"] = 12
+    assert caught.value.reason == "vote-no"
+    assert (shelf.pieces, shelf.reserved, orders.rows, stock["sold"]) == (2, 0, ["order"], 3)
+    counters = cluster._coordinator.counters
+    assert (counters["two_phase"], counters["log_entries"]) == (1, 1)
+
+
+def test_a_service_alone_commits_in_one_phase(cluster: coordlib.Cluster, shelf: Shelf) -> None:
+    """No entry in the log; a block that raises rolls it back there."""
+    service = cluster.service("shelf")
+    with cluster.transaction():
+        service.take(1)
+    assert (shelf.pieces, shelf.reserved) == (4, 0)
+    with pytest.raises(ValueError, match="no"), cluster.transaction():
+        service.take(1)
+        raise ValueError("no")
+    host = cluster._host
+    assert host is not None
+    assert host.participants.works == {}
+    assert (shelf.pieces, shelf.reserved) == (4, 0)
+    assert "log_entries" not in cluster._coordinator.counters
+
+
+def test_an_operation_that_raised_cannot_be_committed(cluster: coordlib.Cluster, shelf: Shelf) -> None:
+    """Also if its caller swallows the error."""
+    service = cluster.service("shelf")
+    with pytest.raises(TransactionAborted, match="fail raised"), cluster.transaction():
+        service.take(1)
+        with pytest.raises(ServiceError):
+            service.fail()
+    assert (shelf.pieces, shelf.reserved) == (5, 0)
+
+
+def test_a_service_enlists_databases_of_its_own(cluster: coordlib.Cluster) -> None:
+    """Its branch is the caller's transaction's; it may read maps, but not change them there."""
+    bills = cluster.resource(Store("bills"))
+    prices = cluster.map("prices")
+    prices["sku"] = 7
+
+    @cluster.participant("billing")
+    class Billing:
+        def charge(self, sku: str) -> int:
+            with cluster.transaction() as tx:
+                price: int = prices[sku]
+                tx.enlist(bills).append(f"{price}")
+                with pytest.raises(UsageError, match="read_only"):
+                    prices[sku] = 0
+            return price
+
+    with cluster.transaction():
+        assert cluster.service("billing").charge("sku") == 7
+        prices["sold"] = 1
+        assert bills.rows == []
+    assert (bills.rows, prices["sold"]) == (["7"], 1)
+    bills.at, bills.problem = "prepare", BranchFailed("credit limit")
+    with pytest.raises(TransactionAborted, match="credit limit"), cluster.transaction():
+        cluster.service("billing").charge("sku")
+        prices["sold"] = 2
+    assert (bills.rows, prices["sold"]) == (["7"], 1)
+
+
+def test_what_cannot_be_hosted_is_refused(cluster: coordlib.Cluster, shelf: Shelf) -> None:
+    """Twice the same name, half of a handler, no place for the journal, a face for tasks."""
+    with pytest.raises(UsageError, match="already"):
+        cluster.participant("shelf")(shelf)
+
+    class Half:
+        def prepare(self, tx: Any) -> bytes | None: ...
+
+    with pytest.raises(UsageError, match="abort"):
+        cluster.participant("half")(Half)
+    with pytest.raises(FlavourError):
+        coordlib.AsyncCluster.local().participant("x")
+    with pytest.raises(UsageError):
+        cluster.service("")
+
+
+def test_services_of_other_processes_take_part(make_trio: Callable[..., Trio], tmp_path: Path) -> None:
+    """Hosted by one member and by a client, called by another member; the client's restart keeps its promise."""
+    trio = make_trio()
+    host, caller = trio.nodes["n1"], trio.nodes["n2"]
+    shelf = Shelf(host)
+    host.participant("shelf")(shelf)
+    with trio.connect(name="till") as client:
+        with pytest.raises(ConfigError, match="directory"):
+            client.participant("till")(Shelf(client))
+        till = Shelf(client)
+        client.participant("till", directory=tmp_path / "till")(till)
+        with caller.transaction():
+            caller.service("shelf").take(2)
+            caller.service("till").take(3)
+        assert (shelf.pieces, till.pieces) == (3, 2)
+        with pytest.raises(TransactionAborted), caller.transaction():
+            caller.service("shelf").take(1)
+            caller.service("till").take(9)
+        assert (shelf.pieces, till.pieces, shelf.reserved, till.reserved) == (3, 2, 0, 0)
+    with pytest.raises(ServiceUnreachable):
+        caller.service("till").add(1, b=1)
