@@ -397,6 +397,22 @@ class Transaction(_TransactionBase):
         finally:
             self._leave()
 
+    def begin(self) -> Self:
+        """Begin it without a `with` block; end it by `commit` or `rollback`, in the same thread."""
+        self._begin()
+        return self
+
+    def commit(self) -> None:
+        """As at the end of a block. Raises what that does."""
+        self._outermost._active  # noqa: B018  # raises if it is not begun, or has ended
+        self.__exit__(None, None, None)
+
+    def rollback(self) -> None:
+        """As at the end of a block that raises; nothing if it has ended."""
+        if self.state == State.ACTIVE.value:
+            error = UsageError("rollback() was called")
+            self.__exit__(UsageError, error, None)
+
     def _commit(self) -> None:
         try:
             self._cluster._run(self._commit_gen())
@@ -473,6 +489,22 @@ class AsyncTransaction(_TransactionBase):
                 await self._roll_back()
         finally:
             self._leave()
+
+    async def begin(self) -> Self:
+        """See `Transaction.begin`."""
+        self._begin()
+        return self
+
+    async def commit(self) -> None:
+        """See `Transaction.commit`."""
+        self._outermost._active  # noqa: B018  # raises if it is not begun, or has ended
+        await self.__aexit__(None, None, None)
+
+    async def rollback(self) -> None:
+        """See `Transaction.rollback`."""
+        if self.state == State.ACTIVE.value:
+            error = UsageError("rollback() was called")
+            await self.__aexit__(UsageError, error, None)
 
     async def _commit(self) -> None:
         try:

@@ -278,6 +278,25 @@ def test_a_savepoint_undoes_its_own_changes_only(cluster: coordlib.Cluster) -> N
     assert stock.snapshot() == {"a": 1, "c": 3}
 
 
+def test_a_transaction_without_a_block(cluster: coordlib.Cluster) -> None:
+    """Begun and ended by hand: for those who are told by others when."""
+    stock = cluster.map("stock")
+    tx = cluster.transaction()
+    with pytest.raises(UsageError, match="not begun"):
+        tx.commit()
+    tx.begin()
+    stock["a"] = 1
+    tx.commit()
+    assert stock["a"] == 1
+    with pytest.raises(UsageError, match="ended"):
+        tx.commit()
+    tx.rollback()
+    tx = cluster.transaction().begin()
+    stock["a"] = 2
+    tx.rollback()
+    assert stock["a"] == 1
+
+
 def test_hooks_are_called_at_the_end(cluster: coordlib.Cluster, caplog: pytest.LogCaptureFixture) -> None:
     """Before the commit they may still write or refuse; after it what they raise undoes nothing."""
     stock, seen = cluster.map("stock"), []
