@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench simulate mutants kill9 nemesis powercuts clean
+.PHONY: demo test lint bench simulate mutants kill9 duplicates nemesis powercuts clean
 
 demo: $(STAMP)
 	@$(PY) -m coordlib.cli demo
@@ -33,6 +33,11 @@ mutants: $(STAMP)
 
 kill9: $(STAMP)
 	$(PY) benchmarks/kill9.py
+
+# So many ids by eight real processes, which are closed, killed, stopped and forked: none may be there twice.
+IDS ?= 100000000
+duplicates: $(STAMP)
+	$(PY) benchmarks/duplicate_hunt.py --ids $(IDS)
 
 # The log on a real file system whose power is cut. Only as root.
 CUTS ?= 1000

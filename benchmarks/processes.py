@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from types import TracebackType
@@ -35,15 +35,30 @@ def free_ports(count: int) -> list[int]:
 
 
 class Application:
-    """One process of `benchmarks.application`, and the pipe to it."""
+    """
+    One process of a program that reads requests and writes answers, and the pipe to it.
 
-    def __init__(self, name: str, given: dict[str, Any], log_path: str) -> None:
+    Args:
+        program: What it runs, `python -m` this.
+        environment: Added to this process's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        given: dict[str, Any],
+        log_path: str,
+        *,
+        program: str = "benchmarks.application",
+        environment: Mapping[str, str] = {},
+    ) -> None:
         self.name = name
         self.log_path = log_path
         with open(log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.application"],
+                [sys.executable, "-m", program],
                 cwd=ROOT,
+                env={**os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -80,23 +95,23 @@ class Application:
         self.begin(do, **arguments)
         return self.answer()
 
-    def kill(self) -> None:
-        """kill -9, and wait until it is gone."""
+    def kill(self) -> int:
+        """kill -9, and wait until it is gone; returns the exit code."""
         self._process.kill()
-        self._finish()
+        return self._finish()
 
-    def end(self) -> None:
-        """Close its input: it closes its handle and ends. Killed if it does not."""
+    def end(self) -> int:
+        """Close its input: it closes its handle and ends. Killed if it does not. Returns the exit code."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
             self._process.wait(10)
         except (OSError, subprocess.TimeoutExpired):
             self._process.kill()
-        self._finish()
+        return self._finish()
 
-    def _finish(self) -> None:
-        self._process.wait()
+    def _finish(self) -> int:
+        code = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 try:
@@ -104,6 +119,7 @@ class Application:
                 except BrokenPipeError:
                     # It died with something of ours unread.
                     pass
+        return code
 
 
 class Fleet:
@@ -111,13 +127,25 @@ class Fleet:
     Members on loopback, each an application process with its own directory; clients on request.
 
     Leaving the `with` block ends every process and removes every file.
+
+    Args:
+        environment: What is added to the environment of the process of this name.
     """
 
-    def __init__(self, directory: str, *, members: int = 3, face: str = "threads", **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        members: int = 3,
+        face: str = "threads",
+        environment: Callable[[str], Mapping[str, str]] = lambda _: {},
+        **settings: Any,
+    ) -> None:
         self._directory = tempfile.mkdtemp(prefix="coordlib-bench-", dir=directory)
         self._face = face
+        self._environment = environment
         self._settings = settings
-        self._secret = generate_secret(os.urandom)
+        self.secret = generate_secret(os.urandom)
         ports = free_ports(members)
         self.endpoints = {f"n{number + 1}": f"tcp://127.0.0.1:{port}" for number, port in enumerate(ports)}
         self.members: dict[str, Application] = {}
@@ -153,12 +181,12 @@ class Fleet:
         arguments = {
             "node": name,
             "members": self.endpoints,
-            "secret": self._secret,
+            "secret": self.secret,
             "data_dir": os.path.join(self._directory, name),
             **self._settings,
         }
         given = {"kind": "member", "face": self._face, "positional": ["bench"], "arguments": arguments}
-        return Application(name, given, self._log_path(name))
+        return Application(name, given, self._log_path(name), environment=self._environment(name))
 
     def _log_path(self, name: str) -> str:
         return os.path.join(self._directory, f"{name}.log")
@@ -177,7 +205,7 @@ class Fleet:
             "kind": "client",
             "face": face,
             "positional": [list(self.endpoints.values())],
-            "arguments": {"cluster": "bench", "secret": self._secret},
+            "arguments": {"cluster": "bench", "secret": self.secret},
         }
         client = Application(name, given, self._log_path(name))
         self._clients.append(client)

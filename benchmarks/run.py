@@ -214,7 +214,11 @@ class Bench:
 
     def failover_kill9(self) -> None:
         """kill -9 of the leader's process under writes from the two others and a client."""
-        self._gaps("failover_kill9", lambda leader: leader.kill(), 0.8)
+
+        def kill(leader: Application) -> None:
+            leader.kill()
+
+        self._gaps("failover_kill9", kill, 0.8)
 
     def stop_graceful(self) -> None:
         """close() of the leader's handle under the same writes."""
