@@ -107,7 +107,7 @@ class Layout:
             room = ((_CALENDAR_MS - self.epoch) // self.unit_ms).bit_length() - 1
             raise ConfigError(
                 f"time_bits {self.time_bits} of {self.unit_ms} ms from the epoch go beyond the year 9999, where dates "
-                f"end: use at most {room} time_bits, or a smaller unit_ms"
+                f"end: use at most {room} time_bits" + (", or a smaller unit_ms" if self.unit_ms > 1 else "")
             )
         _checked(
             self.datacenter_bits,
