@@ -402,11 +402,10 @@ class RawNode(Elections):
             self._count_own_vote()
         if self._bar is not None:
             self._lift_bar()
-        late = ready._late
-        if late and ready.term != self.term:
-            # True when they were decided, but of a term that is over: nobody needs them any more.
-            late = [item for item in late if item[1].term >= self.term]
-        return late
+        # Those of a term that is over were true when they were decided, but nobody needs them any more; and what they
+        # acknowledge may have been replaced since, even by a later message of the same round.
+        term = self.term
+        return [item for item in ready._late if item[1].term >= term]
 
     def _is_disk_stuck(self, now: int) -> bool:
         if not self._outstanding:

@@ -366,6 +366,15 @@ def test_promises_of_a_term_that_is_over_are_dropped() -> None:
     assert [type(message) for _, message in drain(node)] == [HeartbeatReply]
 
 
+def test_what_was_replaced_in_the_same_round_is_not_acknowledged() -> None:
+    """After a long sleep a follower hears two leaders at once: the disk never held what the first one sent."""
+    node = make_node("b", ABC, term=1)
+    node.step("a", AppendEntries(1, 0, 0, 0, 0, tuple(log_of(1, 1))))
+    node.step("c", AppendEntries(3, 0, 0, 0, 0, tuple(log_of(3))))
+    (answer,) = [(name, message) for name, message in drain(node) if isinstance(message, AppendReply)]
+    assert answer == ("c", AppendReply(3, 0, True, 0, 1, 3, 1))
+
+
 def test_several_messages_of_a_round_get_one_answer() -> None:
     """The last acknowledgement says what the earlier ones said."""
     node = make_node("b", ABC, term=1)
