@@ -9,10 +9,11 @@ What must not live here: keys and values as users have them (`maps`), and when a
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from typing import Any, Final
 
-from coordlib.errors import RevisionCompacted, TransactionConflict, UsageError
+from coordlib.errors import ForkedError, RevisionCompacted, TransactionConflict, UsageError
 from coordlib.machine import commands
 from coordlib.node.operations import OpGen, Step
 from coordlib.txn.transaction import StateChange
@@ -64,6 +65,7 @@ class Overlay:
         self._guards: dict[tuple[bytes, int], None] = {}
         self._releases: dict[tuple[bytes, int], None] = {}
         self.has_ended = False
+        self._pid = os.getpid()
 
     # -- reading
 
@@ -167,6 +169,10 @@ class Overlay:
         self._releases[(lock, sequence)] = None
 
     def check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise ForkedError(
+                "this transaction belongs to the parent process, where it goes on; begin another one here"
+            )
         if self.has_ended:
             raise UsageError("the transaction has ended: this thread or task is still in its context")
 

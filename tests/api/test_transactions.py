@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import coordlib
 from coordlib.errors import (
     FlavourError,
+    ForkedError,
     HeuristicOutcome,
     LockLost,
     ResourceNotTwoPhase,
@@ -295,6 +297,23 @@ def test_a_transaction_without_a_block(cluster: coordlib.Cluster) -> None:
     stock["a"] = 2
     tx.rollback()
     assert stock["a"] == 1
+
+
+def test_a_forked_child_is_not_in_its_parent_s_transaction(
+    cluster: coordlib.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is buffered there as if it would ever be committed."""
+    stock = cluster.map("stock")
+    with cluster.transaction() as tx:
+        stock["a"] = 1
+        pid = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+        with pytest.raises(ForkedError):
+            stock["b"] = 1
+        with pytest.raises(ForkedError):
+            tx.remaining()
+        monkeypatch.undo()
+    assert stock.snapshot() == {"a": 1}
 
 
 def test_hooks_are_called_at_the_end(cluster: coordlib.Cluster, caplog: pytest.LogCaptureFixture) -> None:
