@@ -41,7 +41,7 @@ from coordlib.storage.files import PosixFileSystem
 from coordlib.storage.memory import MemoryStorage
 from coordlib.storage.segments import SegmentStorage
 from coordlib.transport.registry import find_transport
-from coordlib.txn.branches import Resource
+from coordlib.txn.branches import DecidingResource, Resource
 from coordlib.txn.gtid import cluster_tag
 from coordlib.txn.journal import Journal, MemoryJournal, SqliteJournal
 from coordlib.wire.keys import ClusterKeys, generate_secret
@@ -264,20 +264,23 @@ class _Handle:
                 os.makedirs(where, exist_ok=True)
                 return SqliteJournal(os.path.join(where, "participants.db"))
 
-        coordinator = self._coordinator
-        with self._lifecycle:
-            if self._host is None:
-                self._host = Host(self)
-            host = self._host
-        del coordinator
-        host.add(name, handler, open_journal)
+        self._hosting().add(name, handler, open_journal)
 
     def _register(self, resource: R) -> R:
         self._engine  # noqa: B018  # raises if the handle cannot be used
         if hasattr(resource, "open"):
             resource.open(cluster_tag(self._cluster_name))
         self._coordinator.register(resource)
+        if isinstance(resource, DecidingResource):
+            self._hosting().answer_for(resource)
         return resource
+
+    def _hosting(self) -> Host:
+        self._coordinator  # noqa: B018  # made before the lock is taken
+        with self._lifecycle:
+            if self._host is None:
+                self._host = Host(self)
+            return self._host
 
     def _begin(self, operation: OpGen[None]) -> None:
         """Run an operation in the background."""

@@ -23,6 +23,7 @@ from coordlib.txn.gtid import GtidMinter, text_of
 from coordlib.txn.journal import JournalResource
 from coordlib.txn.participant import Participants
 from coordlib.txn.recovery import complete_gen, recover_gen
+from coordlib.txn.service import Status, Verb, Wish, decode_answer
 from coordlib.wire.messages import RequestKind
 
 __all__ = ["Coordinator"]
@@ -34,6 +35,11 @@ FORGET_BATCH_MAX: Final = 512
 FORGET_AFTER_MS: Final = 100
 LEFT_MAX: Final = 10_000
 """Transactions left to the agent at once; more are left to searches of the resources, which find them, too."""
+
+
+def decider_service(tag: bytes) -> str:
+    """The service by which the process is found that has a last resource."""
+    return f"coordlib.decider.{tag.hex()}"
 
 
 class Coordinator:
@@ -121,9 +127,18 @@ class Coordinator:
         return None
 
     def ask_decider_gen(self, tag: bytes, gtid: bytes) -> OpGen[bool | None]:
-        # Only the process that has the last resource can tell; its own agent finishes what it finds there.
-        return None
-        yield
+        by = monotonic_ms() + self.request_timeout_ms
+        name = decider_service(tag)
+        try:
+            reply = yield Step(RequestKind.QUERY, commands.query_services(name), by)
+            for _, session, _, _, _ in commands.decode_reply(reply)[0]:
+                body = Wish(Verb.ASK, name, gtid, decider_tag=tag).encode()
+                answer = decode_answer((yield Step(RequestKind.CALL, body, by, target=session)))
+                if answer.status == Status.ENDED and type(answer.payload) is bool:
+                    return answer.payload
+        except CoordError:
+            self.count("retries")
+        return None  # nobody may conclude anything
 
     def count(self, name: str, number: int = 1) -> None:
         self.counters[name] = self.counters.get(name, 0) + number

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from coordlib.api.codec import CANONICAL
+from coordlib.api.coordinator import decider_service
 from coordlib.api.overlay import Overlay, current_overlay
 from coordlib.api.transactions import Options, Transaction, _current, _TransactionBase
 from coordlib.errors import (
@@ -43,6 +44,7 @@ from coordlib.node.clock import monotonic_ms
 from coordlib.node.effects import InboundCall
 from coordlib.node.operations import Do, OpGen, Step
 from coordlib.node.session import SessionState, SessionView
+from coordlib.txn.branches import DecidingResource
 from coordlib.txn.gtid import node_tag
 from coordlib.txn.journal import Handler, Journal, JournalBranch, JournalResource
 from coordlib.txn.participant import Participants, Work
@@ -247,6 +249,7 @@ class Host:
         self._name = coordinator.who
         self.participants = Participants(self._name, node_tag(self._name), coordinator, threading.Lock())
         self._hosted: dict[str, _Hosted] = {}
+        self._deciders: dict[str, None] = {}
         self._waiting: queue.SimpleQueue[InboundCall | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._journal: Journal | None = None
@@ -278,14 +281,17 @@ class Host:
                 resource = JournalResource(name, self._journal, cast(Handler, handler))
                 resource.start()
             self._hosted[name] = _Hosted(name, handler, resource)
-            while len(self._threads) < THREADS:
-                thread = threading.Thread(target=self._work, name="coordlib-services", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            self._start_threads()
         if resource is not None:
             self._coordinator.register(resource)
         self._coordinator.start_agent()
         self._handle._run_here(self._register_gen(name))
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < THREADS:
+            thread = threading.Thread(target=self._work, name="coordlib-services", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _register_gen(self, name: str) -> OpGen[None]:
         body = commands.service_register(name, self._name)
@@ -294,10 +300,9 @@ class Host:
     def _session_changed(self, view: SessionView, state: SessionState) -> None:
         # In the node thread. What was registered has gone with the session before.
         if state is SessionState.CONNECTED and view.session_id != self._session:
-            is_first, self._session = not self._session, view.session_id
-            if not is_first or self._hosted:
-                for name in list(self._hosted):
-                    self._coordinator.later(self._register_gen(name))
+            self._session = view.session_id
+            for name in (*self._hosted, *self._deciders):
+                self._coordinator.later(self._register_gen(name))
 
     def _take(self, inbound: InboundCall) -> None:
         """In the node thread: must not block."""
@@ -337,7 +342,7 @@ class Host:
             return Answer(Status.REFUSED, "too late").encode()
         wish = decode_wish(inbound.body)
         if wish.verb == Verb.ASK:
-            return Answer(Status.BUSY).encode()
+            return self._answer_as_decider(wish).encode()
         hosted = self._hosted.get(wish.service)
         if hosted is None:
             return Answer(Status.REFUSED, f"service {wish.service!r} is not hosted here").encode()
@@ -350,6 +355,23 @@ class Host:
         except Exception as error:
             return Answer(Status.RAISED, [type(error).__name__, str(error)]).encode()
         return Answer(Status.RETURNED, result).encode()
+
+    def _answer_as_decider(self, wish: Wish) -> Answer:
+        decider = self._coordinator.decider(wish.decider_tag)
+        if decider is None or self._coordinator.is_live(wish.gtid):
+            return Answer(Status.BUSY)  # it may be decided yet: to ask now would be to forbid it
+        try:
+            return Answer(Status.ENDED, bool(decider.outcome(wish.gtid)))
+        except Exception as error:
+            return Answer(Status.REFUSED, str(error))
+
+    def answer_for(self, resource: DecidingResource) -> None:
+        """Let others, who are in doubt, ask what this last resource has decided."""
+        name = decider_service(resource.tag)
+        with self._lock:
+            self._deciders[name] = None
+            self._start_threads()
+        self._handle._run_here(self._register_gen(name))
 
     def _execute(self, work: Work, operation: str, payload: bytes) -> Do:
         return Do(lambda: self._run_joined(work, operation, payload))

@@ -20,7 +20,7 @@ from coordlib.errors import (
 )
 from coordlib.txn.branches import BranchFailed
 from tests.api.conftest import Trio
-from tests.api.test_transactions import Store
+from tests.api.test_transactions import LastStore, Store
 
 
 class Shelf:
@@ -202,3 +202,21 @@ def test_services_of_other_processes_take_part(make_trio: Callable[..., Trio], t
         assert (shelf.pieces, till.pieces, shelf.reserved, till.reserved) == (3, 2, 0, 0)
     with pytest.raises(ServiceUnreachable):
         caller.service("till").add(1, b=1)
+
+
+def test_who_is_in_doubt_asks_the_process_that_has_the_last_resource(make_trio: Callable[..., Trio]) -> None:
+    """Yes, no, or no answer: while it is at work on the transaction, and when nobody has it."""
+    trio = make_trio()
+    local = trio.nodes["n1"].resource(LastStore("local"))
+    yes, no, live = b"y" * 16, b"n" * 16, b"l" * 16
+    local.markers.add(yes)
+    trio.nodes["n1"]._coordinator._live[live] = 1
+    asking = trio.nodes["n2"]
+
+    def ask(tag: bytes, gtid: bytes) -> bool | None:
+        return asking._run(asking._coordinator.ask_decider_gen(tag, gtid))
+
+    assert ask(local.tag, yes) is True
+    assert ask(local.tag, no) is False
+    assert ask(local.tag, live) is None
+    assert ask(b"other", yes) is None
