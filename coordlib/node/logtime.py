@@ -29,6 +29,17 @@ class LogClock:
         self._offsets: dict[str, int] = {}  # voter -> its wall clock minus our monotonic one
         self._started_from_zero = last_logged_ms == 0
 
+    def follow(self, logged_ms: int) -> None:
+        """
+        A time that is in the log, by an earlier leader: what is read from now on is not before it.
+
+        A leader that was elected before it had applied all of the log began with an earlier time; it would log that for
+        as long as the earlier leaders had ruled, and time would stand still.
+        """
+        if logged_ms > self._last_ms:
+            self._last_ms = logged_ms
+            self._started_from_zero = False
+
     def observe(self, voter: str, wall_ms: int, now_ms: int) -> None:
         """A voter's wall clock, as of about now."""
         self._offsets[voter] = wall_ms - now_ms

@@ -133,6 +133,8 @@ class RequestService:
 
     def _become_ready(self, now: int) -> None:
         self.is_ready = True
+        assert self.log_clock is not None
+        self.log_clock.follow(self._machine.log_time_ms)
         # TTL is a lower bound, counted anew by each leader; what an earlier leader logged as already
         # spent stays spent, so that frequent changes of leader do not keep the dead alive.
         for session in self._machine.sessions.live():

@@ -47,6 +47,17 @@ def test_a_jump_forward_needs_a_quorum() -> None:
     assert clock.read(0) == target
 
 
+def test_a_leader_goes_on_from_what_is_in_the_log_once_it_has_applied_it() -> None:
+    """Elected with an empty state (it had just been started), it must not let time stand still until it caught up."""
+    clock = LogClock(0, 100, 2)
+    clock.observe("a", 10**13, 100)
+    assert clock.read(150) == 50
+    clock.follow(29_597)
+    assert clock.read(1150) == 30_597
+    clock.follow(20_000)
+    assert clock.read(1151) == 30_598
+
+
 def test_a_new_cluster_begins_at_the_time_of_a_quorum() -> None:
     """Not in 1970."""
     clock = LogClock(0, 0, 2)
