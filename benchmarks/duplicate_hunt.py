@@ -48,7 +48,8 @@ SESSION_TTL_SECONDS: Final = 3.0
 HOUR_NS: Final = 3_600_000_000_000
 CHILD_IDS: Final = 20_000
 FEW: Final = 10_000_000
-"""Up to so many ids minters rest between batches, so that they do not outrun the faults."""
+REST_SECONDS: Final = (0.005, 0.02)
+"""Between batches, so that minters do not outrun the faults; the second up to `FEW` ids."""
 
 CHUNK: Final = 1 << 14
 SABOTAGES: Final = ("same-window", "fork-keeps-lease")
@@ -188,7 +189,7 @@ class _Hunt:
             "window": WINDOW_SECONDS if options.sabotage != "same-window" else 60.0,
             "path": str(self._new_path(name)),
             "seed": self._chance.randrange(1 << 31),
-            "pause_seconds": 0.02 if options.ids <= FEW else 0.0,
+            "pause_seconds": REST_SECONDS[options.ids <= FEW],
             "sabotage": options.sabotage if options.sabotage != "same-window" or name in ("m0", "m1") else "",
             "window_path": str(self._directory / "window"),
             "is_second": name == "m1",

@@ -1,4 +1,4 @@
-"""A process of `benchmarks.duplicate_hunt`: a client that mints without a pause, and writes down every id.
+"""A process of `benchmarks.duplicate_hunt`: a client that mints as long as it lives, and writes down every id.
 
 One JSON object a line, both ways: first what it is, then requests. Its ids go into a file, 8 bytes each in the order in
 which they were minted, with one write a batch: whatever kills it, what was written is there. It ends when its input
@@ -81,8 +81,7 @@ class _Minting:
             now_off = time() - monotonic()
             self.jumps += abs(now_off - off) > JUMP_SECONDS
             off = now_off
-            if self._pause_seconds:
-                sleep(self._pause_seconds)
+            sleep(self._pause_seconds)
         self._writer.close()
 
     def batch(self) -> None:

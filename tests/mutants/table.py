@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import elections, locks, log, reads, replication, sessions, snapshots, wire
+from tests.mutants import elections, ids, locks, log, reads, replication, sessions, snapshots, wire
 from tests.mutants.patching import Mutant
 
 __all__ = ["AREAS", "INVARIANTS", "KINDS", "MUTANTS", "kind_of"]
@@ -14,6 +14,7 @@ AREAS: dict[str, tuple[Mutant, ...]] = {
     "snapshots": snapshots.MUTANTS,
     "sessions": sessions.MUTANTS,
     "locks": locks.MUTANTS,
+    "ids": ids.MUTANTS,
     "reads and clocks": reads.MUTANTS,
     "wire": wire.MUTANTS,
 }

@@ -228,11 +228,11 @@ class Ids(Service):
         generator = stream.choice(self._generators)
         handle = self._handles[worker].get(generator) or self._open(worker, generator)
         chance = stream.random()
-        if handle.window is not None and chance < 0.06:
+        if handle.window is not None and chance < (0.2 if generator.layout.workers < 16 else 0.05):
             self._give_back(handle, lambda: None)
-        elif chance < 0.1 and handle.kept:
+        elif chance > 0.95 and handle.kept:
             self._inspect(handle, stream)
-        elif chance < 0.1 + SKIP_SHARE and self._may_skip:
+        elif chance > 0.95 - SKIP_SHARE and self._may_skip:
             self._skip(worker, stream)
         else:
             if not generator.is_steady and stream.random() < 0.5:
