@@ -39,6 +39,8 @@ __all__ = ["FORMS", "run"]
 
 PAGE: Final = 500
 BLOCK: Final = 1000
+ROUNDING_MS: Final = 60_000
+"""Windows begin and end at whole units of their layout, which have 10 seconds at most."""
 _UNIX: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -117,9 +119,11 @@ def _skip(arguments: argparse.Namespace) -> int:
     not_before_ms = 0 if arguments.not_before is None else _time_ms(arguments.not_before)
     with _cluster(arguments) as cluster:
         timeout_ms = cluster._request_timeout_ms
-        before_ms = cluster._run(_floor_gen(timeout_ms))
-        newest_ms = max(wall_ms(), not_before_ms, cluster._run(_log_time_gen(timeout_ms)))
-        floor_ms, is_raised = cluster._run(_skip_gen(newest_ms + WINDOW_MS_MAX, timeout_ms))
+        log_time_ms, ahead_ms = cluster._run(_times_gen(timeout_ms))
+        newest_ms = max(wall_ms(), not_before_ms, log_time_ms)
+        floor_ms, is_raised = cluster._run(
+            _skip_gen(newest_ms + ahead_ms + WINDOW_MS_MAX + ROUNDING_MS, timeout_ms)
+        )
     if not is_raised:
         print(f"nothing to do: no window begins before {_shown(floor_ms)} already")
         return 0
@@ -127,12 +131,6 @@ def _skip(arguments: argparse.Namespace) -> int:
         f"no window of any generator begins before {_shown(floor_ms)}; all leases are ended. "
         "Applications may mint now: restart those that have minted since the restore"
     )
-    if before_ms and arguments.not_before is None:
-        print(
-            f"this state has been through a skip before (to {_shown(before_ms)}). If that was in the original, the ids of "
-            "the original ran ahead of the time: find its newest id, and repeat this with --not-before and that id's time",
-            file=sys.stderr,
-        )
     return 0
 
 
@@ -157,25 +155,19 @@ def _skip_gen(floor_ms: int, timeout_ms: int) -> OpGen[tuple[int, bool]]:
     return floor_ms, is_raised
 
 
-def _floor_gen(timeout_ms: int) -> OpGen[int]:
-    """Before when no window begins, in ms since 1970; 0 if there never was a skip."""
-    reply = yield _query(commands.query_ids_info(b"default"), timeout_ms)
-    return int(commands.decode_reply(reply)[-1])
-
-
-def _log_time_gen(timeout_ms: int) -> OpGen[int]:
-    """The latest time that any generator is at, in ms since 1970."""
+def _times_gen(timeout_ms: int) -> OpGen[tuple[int, int]]:
+    """The latest time that any generator is at, in ms since 1970; and how far leases may be ahead of it."""
     latest = 0
     after: bytes | None = None
     while True:
         reply = yield _query(commands.query_ids_list(after, PAGE), timeout_ms)
-        page, is_more = commands.decode_reply(reply)
+        page, is_more, ahead_ms = commands.decode_reply(reply)
         for name, _layout, _workers in page:
             reply = yield _query(commands.query_ids_info(name), timeout_ms)
             fields, _, _, _, now_unit, _ = commands.decode_reply(reply)
             latest = max(latest, fields[4] + now_unit * fields[3])
         if not is_more or not page:
-            return latest
+            return latest, ahead_ms
         after = page[-1][0]
 
 

@@ -535,7 +535,9 @@ class Machine:
                     self._locks.epoch,
                     self._locks.counter,
                 ),
-                pack_block(Block.IDS, self._ids.floor_ms, self._ids.last_lease, self._ids.fence),
+                pack_block(
+                    Block.IDS, self._ids.floor_ms, self._ids.last_lease, self._ids.fence, self._ids.ahead_ms
+                ),
                 pack_block(Block.TRANSACTIONS, self._transactions.horizon_ms, self._transactions.close_ms),
             ]
         )
@@ -627,7 +629,7 @@ class _Restore:
             self._table = parts.maps.begin_map(name, revision)
             return 0
         if kind is Block.IDS:
-            parts.ids.floor_ms, parts.ids.last_lease, parts.ids.fence = fields
+            parts.ids.floor_ms, parts.ids.last_lease, parts.ids.fence, parts.ids.ahead_ms = fields
             return 0
         if kind is Block.TRANSACTIONS:
             parts.transactions.horizon_ms, parts.transactions.close_ms = fields

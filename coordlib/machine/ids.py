@@ -156,6 +156,7 @@ class Ids:
         "_generators",
         "_limits",
         "_owner_of",
+        "ahead_ms",
         "fence",
         "floor_ms",
         "last_lease",
@@ -172,6 +173,9 @@ class Ids:
         self.last_lease = 0
         self.fence = 0  # leases up to this one were ended by a skip
         self.floor_ms = 0  # no window begins before it
+        # Invariant: no lease's clock was ever further ahead of log_time, in any history that goes on from this state
+        # without another skip. So who restores it knows how far beyond the time windows may have been granted.
+        self.ahead_ms = 0
 
     # --- commands -----------------------------------------------------------------------------------------
 
@@ -271,6 +275,8 @@ class Ids:
         is_raised = floor_ms > self.floor_ms
         if is_raised:
             self.floor_ms = floor_ms
+            # By the floor; or by the last window of a worker that is given away at once, whose lease was ahead itself.
+            self.ahead_ms = max(floor_ms - meta.now_ms, self.ahead_ms + self._limits.ids_window_ms_max)
             # A history that was lost may have given the same numbers to other leases. It cannot have come so
             # far: that would be 32,768 leases in each millisecond since 1970.
             self.last_lease = self.fence = max(self.last_lease, floor_ms << _SKIP_LEASES_BITS)
@@ -306,7 +312,7 @@ class Ids:
             (name, tuple(self._generators[name].layout), len(self._generators[name].free_at))
             for name in names[:limit]
         ]
-        return (0, rows, len(names) > limit)
+        return (0, rows, len(names) > limit, self.ahead_ms)
 
     # --- state --------------------------------------------------------------------------------------------
 

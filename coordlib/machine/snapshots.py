@@ -21,8 +21,8 @@ from coordlib.errors import CoordError, FatalError, LocalProtocolError, RemotePr
 __all__ = ["Block", "SnapshotSink", "SnapshotSource", "UnknownSnapshot", "pack_block", "pack_records"]
 
 MAGIC = b"CLSN"
-SNAPSHOT_VERSION = 3  # 2: ids; 3: transactions and services; each: more limits
-_READABLE = (1, 2, SNAPSHOT_VERSION)
+SNAPSHOT_VERSION = 2  # 2: ids, transactions and services, and their limits
+_READABLE = (1, SNAPSHOT_VERSION)
 _PREAMBLE = struct.Struct(">4sH")
 _LENGTH = struct.Struct(">I")
 
@@ -40,7 +40,7 @@ class Block(IntEnum):
     MAP = 4  # name, revision: the map that the following ENTRIES belong to
     ENTRIES = 5  # [key, record, ...]
     END = 6  # number of records in all
-    IDS = 7  # floor in ms, last lease, fence
+    IDS = 7  # floor in ms, last lease, fence, by how many ms leases may be ahead
     ID_LAYOUTS = 8  # [key, record, ...]
     ID_WORKERS = 9  # [key, record, ...]
     TRANSACTIONS = 10  # horizon in ms, close in ms

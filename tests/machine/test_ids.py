@@ -369,6 +369,29 @@ def test_the_owner_of_a_worker_is_remembered_for_its_last_windows() -> None:
     assert driver.ask(commands.query_ids_owner(b"other", 0, 2350)) == [None]
 
 
+def test_a_state_says_how_far_its_leases_may_be_ahead() -> None:
+    """Who restores it skips as much more: the original went on to grant windows that far beyond the time."""
+    driver, _ = ready(now_ms=1_000_000)
+    assert driver.ask(commands.query_ids_list())[-1] == 0
+    driver.run(driver.open("operator"), commands.ids_skip(driver.now_ms + 600_000))
+    # Before anything was leased: what the original did next is nowhere in the back-up.
+    backup = snapshot(driver.machine)
+    session = driver.open("two")
+    worker, _, _, _, _, _ = lease(driver, session, 600_000)
+    driver.now_ms += 300_000
+    granted = lease(driver, session, 600_000)
+    original_ms = granted[3]
+    restored = Driver(machine=restore(backup))
+    restored.now_ms = driver.now_ms + 60_000
+    ahead_ms = restored.ask(commands.query_ids_list())[-1]
+    floor_ms = restored.now_ms + ahead_ms + 600_000
+    restored.opened = 500
+    restored.run(restored.open("operator"), commands.ids_skip(floor_ms))
+    assert floor_ms >= original_ms + CL64[4]
+    assert lease(restored, restored.open("three"))[2] >= original_ms
+    assert worker == 0
+
+
 def test_generators_can_be_looked_at() -> None:
     """Layout, how many workers there are, were ever used and are leased; all names, page by page."""
     driver, session = ready()
@@ -381,9 +404,14 @@ def test_generators_can_be_looked_at() -> None:
     assert driver.ask(commands.query_ids_info(NAME)) == [list(CL64), 1024, 3, 0, 1200, 7]
     lease(driver, session)
     assert driver.ask(commands.query_ids_info(NAME)) == [list(CL64), 1024, 4, 1, 1200, 7]
-    assert driver.ask(commands.query_ids_list()) == [[[b"a", list(FEW), 1], [NAME, list(CL64), 4]], False]
-    assert driver.ask(commands.query_ids_list(None, 1)) == [[[b"a", list(FEW), 1]], True]
-    assert driver.ask(commands.query_ids_list(b"a", 1)) == [[[NAME, list(CL64), 4]], False]
+    # A skip to a time that is past: workers are given away whose last windows may not be over.
+    assert driver.ask(commands.query_ids_list()) == [
+        [[b"a", list(FEW), 1], [NAME, list(CL64), 4]],
+        False,
+        600_000,
+    ]
+    assert driver.ask(commands.query_ids_list(None, 1)) == [[[b"a", list(FEW), 1]], True, 600_000]
+    assert driver.ask(commands.query_ids_list(b"a", 1)) == [[[NAME, list(CL64), 4]], False, 600_000]
 
 
 # --- against a dumb model ---------------------------------------------------------------------------------
