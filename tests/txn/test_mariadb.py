@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pymysql
 import pytest
@@ -29,6 +29,7 @@ from coordlib.txn.resources.mariadb import MARKER_TABLE, MariaDB, MariaDBBranch
 from tests.txn.conftest import Names
 from tests.txn.servers import MariaDBServer
 
+T = TypeVar("T")
 if TYPE_CHECKING:
     Connection = pymysql.connections.Connection[Any]  # generic in its stubs alone
 
@@ -103,8 +104,8 @@ def _markers(look: Connection, branch: MariaDBBranch) -> int:
     return int(_sql(look, f"SELECT COUNT(*) FROM {MARKER_TABLE} WHERE gtid = %s", branch._gtid)[0][0])
 
 
-def _until_detached(work: Callable[[], Finish]) -> Finish:
-    """As recovery does: the server takes a moment to notice that a connection has gone."""
+def _until_detached(work: Callable[[], T]) -> T:
+    """As recovery does: a branch is nobody else's until its connection has gone for good."""
     while True:
         try:
             return work()
@@ -330,6 +331,23 @@ def test_a_branch_on_a_living_connection_is_not_presumed_gone(
     assert stock.finish(found, False) is Finish.HEURISTIC_COMMIT
 
 
+def test_a_commit_that_the_server_only_claims_is_not_believed(
+    stock: MariaDB, names: Names, look: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer was OK while the branch's connection closed: the row is still locked, so the branch is not done."""
+    branch = _written(stock, names)
+    branch.prepare()
+    (found,) = stock.prepared()
+    _sql(branch.connection, "DO RELEASE_ALL_LOCKS()")  # as if the connection had gone
+    monkeypatch.setattr("coordlib.txn.resources.mariadb._DETACHED_S", 0.0)
+    monkeypatch.setattr(stock, "_finish_on", lambda *_: Finish.DONE)
+    for commit in (True, False):
+        with pytest.raises(ResourceBusy):
+            stock.finish(found, commit)
+    monkeypatch.undo()
+    branch.rollback()
+
+
 def test_another_process_finishes_what_a_dead_one_prepared(
     options: dict[str, Any], stock: MariaDB, names: Names, look: Connection
 ) -> None:
@@ -387,15 +405,12 @@ def test_what_a_person_ended_by_hand(
         branch = _written(stock, names)
         branch.prepare()
         (found,) = stock.prepared()
-        branch.connection._force_close()  # type: ignore[attr-defined]
-        while True:
-            try:
-                _sql(look, f"XA {decided} {branch._xid}")
-                break
-            except pymysql.OperationalError:
-                continue  # the server has not noticed
+        _sql(branch.connection, f"XA {decided} {branch._xid}")
         if not has_markers:
-            assert stock.finish(found, True) is stock.finish(found, False) is Finish.HAZARD
+            with pytest.raises(BranchHeuristic) as hazard:
+                branch.commit()
+            assert hazard.value.finish is Finish.HAZARD
+            assert _until_detached(lambda: stock.finish(found, False)) is Finish.HAZARD
             return
         agreed, otherwise = (
             (branch.commit, branch.rollback) if decided == "COMMIT" else (branch.rollback, branch.commit)
@@ -405,6 +420,7 @@ def test_what_a_person_ended_by_hand(
         assert heuristic.value.finish is (
             Finish.HEURISTIC_COMMIT if decided == "COMMIT" else Finish.HEURISTIC_ROLLBACK
         )
+        assert branch._state == "ended"
         agreed()
         assert stock.finish(found, decided == "COMMIT") is Finish.ALREADY
 
@@ -459,7 +475,7 @@ def test_a_server_that_dies_with_a_prepared_branch(
     assert len(stock.prepared()) == 1
     with pytest.raises(pymysql.OperationalError):
         branch.commit()  # the first to notice
-    branch.commit()
+    _until_detached(branch.commit)
     with pymysql.connect(**mariadb_server.options("shop")) as look:
         assert _rows(look) == ["a"]
 
@@ -491,12 +507,7 @@ def test_a_vote_that_is_lost(stock: MariaDB, names: Names, look: Connection, obe
     _cut(branch, look, "XA PREPARE", obeyed=obeyed)
     with pytest.raises(pymysql.OperationalError):
         branch.prepare()
-    while True:
-        try:
-            branch.rollback()
-            break
-        except ResourceBusy:
-            continue  # the server has not noticed
+    _until_detached(branch.rollback)
     assert stock.prepared() == []
     assert _rows(look) == []
 
@@ -538,12 +549,7 @@ def test_a_connection_that_is_lost_during_commit(
     _cut(branch, look, "XA COMMIT", obeyed=obeyed)
     with pytest.raises(pymysql.OperationalError):
         branch.commit()
-    while True:
-        try:
-            branch.commit()
-            break
-        except ResourceBusy:
-            continue  # the server has not noticed
+    _until_detached(branch.commit)
     assert _rows(look) == ["a"]
 
 

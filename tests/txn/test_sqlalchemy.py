@@ -238,7 +238,8 @@ def test_another_process_finishes_it(orders: SQLAlchemy, engine: Engine, names: 
         if engine.dialect.name == "postgresql":  # MariaDB keeps it with the connection
             assert orders.finish(found, True) is Finish.DONE
         branch.commit()
-        assert orders.finish(found, True) is Finish.ALREADY
+        if engine.dialect.name == "postgresql":
+            assert orders.finish(found, True) is Finish.ALREADY
     assert _rows(engine) == ["a"]
 
 
