@@ -136,8 +136,8 @@ MUTANTS = (
         (
             replace(
                 "coordlib.machine:_Restore.load",
-                "parts.ids.floor_ms, parts.ids.last_lease, parts.ids.fence = fields",
-                "parts.ids.floor_ms, parts.ids.last_lease, parts.ids.fence = _mutant_hit(0), *fields[1:]",
+                "parts.ids.floor_ms, parts.ids.last_lease, parts.ids.fence, parts.ids.ahead_ms = fields",
+                "_, parts.ids.last_lease, parts.ids.fence, parts.ids.ahead_ms = _mutant_hit(fields)",
             ),
         ),
         tests=("tests/machine",),

@@ -401,6 +401,7 @@ def one_window_for_all(*, is_told: bool) -> AbstractContextManager[Any]:
     if not is_told:
         stack.enter_context(patch.object(Ids, "_note", lambda self, name, window: None))
         stack.enter_context(patch.object(Ids, "_extended", lambda self, handle, args, results: None))
+        stack.enter_context(patch.object(Ids, "_inspect", lambda self, handle, stream: None))
     return stack
 
 
