@@ -133,6 +133,8 @@ def recover_gen(resource: Resource, recovery: Recovery) -> OpGen[Recovered]:
     """
     Finish what is prepared in one resource, of transactions whose outcome is known or nobody alive will decide.
 
+    A branch that cannot be finished now is in doubt like one whose outcome is not known: the others are finished.
+
     Raises:
         CoordError: The cluster cannot be asked now. What was finished is finished.
         Exception: The resource cannot be reached now.
@@ -152,7 +154,12 @@ def recover_gen(resource: Resource, recovery: Recovery) -> OpGen[Recovered]:
             # Somebody has ended it since it was found. A last resource may have removed its marker after that, as
             # nobody was in doubt any more: what it says now is not the outcome.
             continue
-        finish = yield Do(_finishing(resource, branch, is_committed))
+        try:
+            finish = yield Do(_finishing(resource, branch, is_committed))
+        except Exception as error:
+            # A connection that still holds it, a missing privilege: the branches behind it do not wait for that.
+            in_doubt.append(InDoubt(branch, f"cannot be finished now: {error}"))
+            continue
         if finish in (Finish.DONE, Finish.ALREADY):
             done[is_committed] += 1
             recovery.count("recovered")
@@ -178,7 +185,6 @@ def sweep_gen(
 
     Raises:
         CoordError: The cluster cannot be asked now.
-        Exception: A resource cannot be reached now.
     """
     pending: list[tuple[bytes, bytes, Resource]] = []
     after: bytes | None = None
@@ -199,7 +205,11 @@ def sweep_gen(
             continue
         # It is committed, whatever has become of the branch: told again, it says so.
         branch = PreparedBranch(gtid, bqual, "pending")
-        finish = yield Do(_finishing(resource, branch, True))
+        try:
+            finish = yield Do(_finishing(resource, branch, True))
+        except Exception:
+            recovery.count("retries")  # as in `recover_gen`: it is still pending, and looked at again
+            continue
         if finish in (Finish.DONE, Finish.ALREADY):
             recovery.count("swept")
             recovery.forget([(gtid, bqual)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordlib.machine import commands
 from coordlib.node.operations import Success
-from coordlib.txn.branches import PreparedBranch
+from coordlib.txn.branches import Finish, PreparedBranch
 from coordlib.txn.commit import commit_gen
 from coordlib.txn.gtid import resource_tag
 from coordlib.txn.journal import JournalResource, MemoryJournal
@@ -106,3 +106,41 @@ def test_what_was_ended_since_it_was_found_is_no_heuristic() -> None:
     recovered = world.run(recover_gen(store, world.agent), with_faults=False)
     assert (recovered.heuristics, recovered.rolled_back, recovered.in_doubt) == (0, 0, ())
     assert branch.state == "committed"
+
+
+class Busy(ModelResource):
+    """The first branch that is to be finished cannot be, for now."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.held: bytes | None = None
+
+    def finish(self, branch: PreparedBranch, commit: bool) -> Finish:
+        if self.held is None or self.held == branch.bqual:
+            self.held = branch.bqual
+            raise OSError("its connection still has it")
+        return super().finish(branch, commit)
+
+
+def test_a_branch_that_cannot_be_finished_keeps_no_other_waiting() -> None:
+    """It is in doubt until the next search, and those behind it are finished in this one."""
+    world = World(Choices((), 0))
+    store = Busy(world, "orders")
+    for _ in range(2):
+        world.enlist(store).state = "prepared"
+    participants = [(store.name, "n1", bqual) for bqual in store.branches]
+    world.apply(
+        world.session, commands.tx_decide(world.gtid, world.tx.deadline_ms, participants=participants)
+    )
+    world.is_at_work = False
+    recovered = world.run(recover_gen(store, world.agent), with_faults=False)
+    assert (recovered.committed, len(recovered.in_doubt)) == (1, 1)
+    assert recovered.in_doubt[0].branch.bqual == store.held
+    assert "its connection still has it" in recovered.in_doubt[0].why
+    pending = frozenset((world.gtid, bqual) for bqual in store.branches)
+    store.held = None
+    world.run(sweep_gen({store.name: store}, "n1", pending, world.agent), with_faults=False)
+    assert sorted(branch.state for branch in store.branches.values()) == ["committed", "prepared"]
+    store.held = b""
+    again = world.run(recover_gen(store, world.agent), with_faults=False)
+    assert (again.committed, again.in_doubt) == (1, ())
