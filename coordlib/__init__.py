@@ -1,5 +1,6 @@
 """coordlib: locks and replicated state for Python services, over Raft, with nothing to install beside the app."""
 
+from coordlib.api.batches import AsyncBatch, Batch, BatchResult, Delete, Equals, Put, Unchanged
 from coordlib.api.cluster import AsyncCluster, Cluster, connect, connect_async, local
 from coordlib.api.codec import Codec
 from coordlib.api.ids import AsyncIds, Ids
@@ -61,6 +62,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ABSENT",
+    "AsyncBatch",
     "AsyncCluster",
     "AsyncIds",
     "AsyncLock",
@@ -68,6 +70,8 @@ __all__ = [
     "AsyncService",
     "AsyncTransaction",
     "AuthenticationError",
+    "Batch",
+    "BatchResult",
     "CallLost",
     "CallTimeout",
     "Cluster",
@@ -78,6 +82,8 @@ __all__ = [
     "ConfigError",
     "CoordError",
     "DefiniteError",
+    "Delete",
+    "Equals",
     "FatalError",
     "FlavourError",
     "ForkedError",
@@ -106,6 +112,7 @@ __all__ = [
     "NotStarted",
     "Overloaded",
     "ProtocolError",
+    "Put",
     "QuotaExceeded",
     "RemoteProtocolError",
     "ResourceNotTwoPhase",
@@ -128,6 +135,7 @@ __all__ = [
     "TransactionConflict",
     "TransactionOutcomeUnknown",
     "TransportNotFound",
+    "Unchanged",
     "UsageError",
     "VersionedValue",
     "connect",

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, ParamSpec, Self, TypeVar, cast
 
 from coordlib.api import transactions
+from coordlib.api.batches import AsyncBatch, Batch, Equals, Unchanged
 from coordlib.api.codec import Codec
 from coordlib.api.coordinator import Coordinator
 from coordlib.api.grants import Grants
@@ -452,6 +453,18 @@ class Cluster(_Handle):
         """
         return self._ids(functools.partial(Ids, self), name, layout, window)
 
+    def compare(self, *conditions: Equals | Unchanged) -> Batch:
+        """
+        The beginning of a conditional batch: compare, `then` write, `otherwise` write, `commit`. Asks nothing yet.
+
+        Args:
+            conditions: On keys of this handle's maps; all must hold. None at all: the writes of `then` are made.
+
+        Raises:
+            UsageError: A map of another handle, or a key or value that cannot be stored.
+        """
+        return Batch(self, conditions)
+
     def transaction(
         self,
         *,
@@ -632,6 +645,10 @@ class AsyncCluster(_Handle):
     def ids(self, name: str = "default", *, layout: Layout | None = None, window: float = 60.0) -> AsyncIds:
         """The generator of ids of this name, for tasks. See `Cluster.ids`."""
         return self._ids(functools.partial(AsyncIds, self), name, layout, window)
+
+    def compare(self, *conditions: Equals | Unchanged) -> AsyncBatch:
+        """The beginning of a conditional batch. See `Cluster.compare`."""
+        return AsyncBatch(self, conditions)
 
     def transaction(
         self,

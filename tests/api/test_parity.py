@@ -27,6 +27,7 @@ def operations(cls: type[Any]) -> dict[str, Any]:
         (coordlib.Map, coordlib.AsyncMap, ONLY_ASYNC_MAP),
         (coordlib.Lock, coordlib.AsyncLock, set()),
         (coordlib.Service, coordlib.AsyncService, set()),
+        (coordlib.Batch, coordlib.AsyncBatch, set()),
         (coordlib.Transaction, coordlib.AsyncTransaction, set()),
         (coordlib.Ids, coordlib.AsyncIds, set()),
     ],
