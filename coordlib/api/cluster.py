@@ -210,7 +210,9 @@ class _Handle:
         """Give back what was taken from others, within the timeout; then stop the node. Never raises."""
         began = monotonic_ms()
         if self._made_coordinator is not None:
-            self._made_coordinator.close(min(1.0, timeout_seconds))
+            self._made_coordinator.close(
+                min(1.0, timeout_seconds), lambda operation: run(cast(Engine, driver), operation)
+            )
         if self._host is not None:
             self._host.close()
         deadline = began + min(RETURN_MS, max(0, round(timeout_seconds * 1000)))

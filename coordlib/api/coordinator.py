@@ -1,18 +1,21 @@
 """A handle's transactions behind the scenes: names, estimates of log time, and an agent for what nobody waits for.
 
-The agent is a thread that is started when it is first needed (a resource is registered, or something was left
-undone) and ends with the handle. What it does is `coordlib.txn.recovery`; here is only when.
+The agent is a thread that is started when it is first needed (a resource is registered, or something has obeyed) and ends
+with the handle; it looks every second for what is due, and has helpers for what may take long: no database that hangs,
+and no process that is away, holds up what is done for others. What they do is `coordlib.txn.recovery`; here is only
+when.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from coordlib.api.crew import Crew
 from coordlib.errors import ClusterClosed, CoordError, FatalError, ForkedError, UsageError
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
@@ -21,8 +24,8 @@ from coordlib.txn.branches import DecidingResource, Resource
 from coordlib.txn.commit import Context, Counters, Unfinished
 from coordlib.txn.gtid import GtidMinter, text_of
 from coordlib.txn.journal import JournalResource
-from coordlib.txn.participant import Participants
-from coordlib.txn.recovery import complete_gen, recover_gen
+from coordlib.txn.participant import Participants, Work
+from coordlib.txn.recovery import complete_gen, recover_gen, sweep_gen
 from coordlib.txn.service import Status, Verb, Wish, decode_answer
 from coordlib.wire.messages import RequestKind
 
@@ -30,11 +33,19 @@ __all__ = ["Coordinator"]
 
 log = logging.getLogger("coordlib")
 
-RECOVER_EVERY_MS: Final = 30_000
+SEARCH_EVERY_MS: Final = 10_000
+SEARCH_AGAIN_MS: Final = 2_000
+"""The next search of a resource in which something was in doubt, or that could not be reached."""
+
+LOOK_EVERY_SECONDS: Final = 1.0
 FORGET_BATCH_MAX: Final = 512
-FORGET_AFTER_MS: Final = 100
+FORGET_EVERY_MS: Final = 100
 LEFT_MAX: Final = 10_000
-"""Transactions left to the agent at once; more are left to searches of the resources, which find them, too."""
+"""Transactions left to be finished at once; more are left to searches of the resources, which find them, too."""
+
+LATER_MAX: Final = 32
+TELLERS: Final = 8
+HELPERS: Final = 8
 
 
 def decider_service(tag: bytes) -> str:
@@ -73,14 +84,18 @@ class Coordinator:
         self._live: dict[bytes, int] = {}  # how many are at work on it: its own code, the agent
         self.resources: dict[str, Resource] = {}
         self.participants: Participants | None = None  # of the services that this handle hosts
-        self._left: deque[Unfinished] = deque()
-        self._operations: deque[OpGen[None]] = deque()
+        # Apart: telling what is decided must not wait for what cannot be reached.
+        self._tellers = Crew("coordlib-transactions-tell", TELLERS)
+        self._helpers = Crew("coordlib-transactions-help", HELPERS)
         self._forgotten: list[tuple[bytes, bytes]] = []
+        self._forget_at = 0
         self._is_forgetting = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        self._recover_at = 0
+        self._search_at: dict[str, int] = {}  # by resource
+        self._sweep_at = 0
+        self._pending: frozenset[tuple[bytes, bytes]] = frozenset()  # in our resources, when they were last swept
 
     # -- names
 
@@ -147,36 +162,45 @@ class Coordinator:
         """Have it recorded that these have obeyed: soon, many at once, and nobody waits for it."""
         with self._lock:
             self._forgotten += branches
+            is_due = len(self._forgotten) >= FORGET_BATCH_MAX or monotonic_ms() >= self._forget_at
+        if is_due:
+            self.flush()
+        elif self._thread is None:
+            self.start_agent()
+
+    def flush(self) -> None:
+        """Send what is to be forgotten without waiting for more of it."""
+        with self._lock:
             if self._is_forgetting or self._is_closed or not self._forgotten:
                 return
             self._is_forgetting = True
-        self._begin(self._forget_gen())
+            self._forget_at = monotonic_ms() + FORGET_EVERY_MS
+        self._begin(self._forget_gen(FOREVER_MS))
 
-    def _forget_gen(self) -> OpGen[None]:
-        while True:
+    def _forget_gen(self, deadline_ms: int) -> OpGen[None]:
+        is_more = True
+        while is_more:
             with self._lock:
                 batch = self._forgotten[:FORGET_BATCH_MAX]
                 del self._forgotten[:FORGET_BATCH_MAX]
-                if not batch:
-                    self._is_forgetting = False
-                    return
             try:
-                yield Step(RequestKind.COMMAND, commands.tx_forget(batch), FOREVER_MS)
-                self.count("log_entries_lazy")
+                if batch:
+                    yield Step(RequestKind.COMMAND, commands.tx_forget(batch), deadline_ms)
+                    self.count("log_entries_lazy")
+                is_more = len(self._forgotten) >= FORGET_BATCH_MAX
             except CoordError:
-                # The session has ended, or the node: they stay pending until somebody looks at them again.
-                with self._lock:
-                    self._is_forgetting = False
-                return
+                # The session has ended, or the node: they stay pending until a search of their resource asks for them.
+                is_more = False
+        with self._lock:
+            self._is_forgetting = False
 
     def finish_later(self, unfinished: Unfinished) -> None:
-        """Leave it to the agent. Until that is done, searches of the resources leave it alone."""
+        """Have it finished in the background. Until that is done, searches of the resources leave it alone."""
         with self._lock:
-            if len(self._left) >= LEFT_MAX:
+            if self._is_closed or self._helpers.backlog >= LEFT_MAX:
                 return
             self._live[unfinished.gtid] = self._live.get(unfinished.gtid, 0) + 1
-            self._left.append(unfinished)
-        self.start_agent()
+        self._helpers.submit(lambda: self._finish(unfinished))
 
     # -- the agent
 
@@ -189,7 +213,7 @@ class Coordinator:
             known = self.resources.setdefault(resource.name, resource)
             if known is not resource:
                 raise UsageError(f"another resource of the name {resource.name!r} is registered here already")
-            self._recover_at = 0
+            self._search_at[resource.name] = 0
         self.start_agent()
 
     def check_registered(self, resource: Any) -> None:
@@ -203,10 +227,18 @@ class Coordinator:
                 "prepared"
             )
 
-    def later(self, operation: OpGen[None]) -> None:
-        """Have the agent run it; nobody waits for it."""
-        self._operations.append(operation)
-        self.start_agent()
+    def later(self, operation: OpGen[None]) -> bool:
+        """
+        Run it in the background; nobody waits for it. False: there is too much of that already, the caller is to run it.
+        """
+        if self._is_closed or self._tellers.backlog >= LATER_MAX:
+            return False
+        self._tellers.submit(lambda: self._run(operation))
+        return True
+
+    def help(self, operation: OpGen[None]) -> None:
+        """Run it in the background, whatever else is to be done. Neither blocks nor raises."""
+        self._helpers.submit(lambda: self._run(operation))
 
     def start_agent(self) -> None:
         with self._lock:
@@ -215,52 +247,58 @@ class Coordinator:
                 self._thread.start()
         self._wake.set()
 
-    def close(self, timeout_seconds: float) -> None:
-        """End the agent. What it leaves is found by whoever has the resources. Never raises."""
+    def close(self, timeout_seconds: float, run: Callable[[OpGen[None]], None]) -> None:
+        """
+        End all of it. What is left then is found by whoever has the resources. Never raises.
+
+        Args:
+            run: Runs a last operation on this thread; the handle itself takes none any more.
+        """
+        deadline = monotonic_ms() + round(timeout_seconds * 1000)
         with self._lock:
             self._is_closed = True
             thread, self._thread = self._thread, None
         self._wake.set()
+        for crew in (self._tellers, self._helpers):
+            crew.close(max(0, deadline - monotonic_ms()) / 1000)
         if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout_seconds)
+            thread.join(max(0, deadline - monotonic_ms()) / 1000)
+        if self._forgotten and monotonic_ms() < deadline:
+            try:
+                run(self._forget_gen(deadline))
+            except CoordError as error:
+                log.info("%s", error, extra={"event": "transaction.agent"})
 
     def _work(self) -> None:
         while not self._is_closed:
             self._wake.clear()
-            try:
-                self._finish_left()
-                participants = self.participants
-                if participants is not None:
-                    for work in participants.due():
-                        self._run(participants.inquire_gen(work))
-                if monotonic_ms() >= self._recover_at:
-                    self._recover_at = monotonic_ms() + RECOVER_EVERY_MS
-                    self.recover()
-            except (ClusterClosed, ForkedError, FatalError):
-                return
-            except CoordError as error:
-                log.warning("transactions: %s", error, extra={"event": "transaction.agent"})
-            self._wake.wait(1.0)
+            self.flush()
+            participants = self.participants
+            if participants is not None:
+                for work in participants.due():
+                    self._helpers.submit(functools.partial(self._inquire, participants, work))
+            with self._lock:
+                now = monotonic_ms()
+                due = [
+                    resource
+                    for name, resource in self.resources.items()
+                    if self._search_at.get(name, 0) <= now
+                ]
+                for resource in due:
+                    self._search_at[resource.name] = FOREVER_MS  # until this search has ended
+            for resource in due:
+                self._helpers.submit(functools.partial(self._search, resource))
+            if self.resources and monotonic_ms() >= self._sweep_at:
+                self._sweep_at = FOREVER_MS
+                self._helpers.submit(self._sweep)
+            self._wake.wait(LOOK_EVERY_SECONDS)
 
-    def _finish_left(self) -> None:
-        while self._operations and not self._is_closed:
-            try:
-                self._run(self._operations.popleft())
-            except (ClusterClosed, ForkedError, FatalError):
-                raise
-            except CoordError as error:
-                log.warning("a transaction's end: %s", error, extra={"event": "transaction.left"})
-        while self._left and not self._is_closed:
-            unfinished = self._left.popleft()
-            try:
-                is_done = self._run(complete_gen(unfinished, self))
-            except (ClusterClosed, ForkedError, FatalError):
-                raise
-            except CoordError as error:
-                is_done = False
-                log.warning(
-                    "transaction %s: %s", text_of(unfinished.gtid), error, extra={"event": "transaction.left"}
-                )
+    def _inquire(self, participants: Participants, work: Work) -> None:
+        self._run(participants.inquire_gen(work))
+
+    def _finish(self, unfinished: Unfinished) -> None:
+        try:
+            is_done = self._run(complete_gen(unfinished, self))
             if not is_done:
                 log.warning(
                     "transaction %s could not be finished everywhere; what is left of it is found when resources are "
@@ -268,7 +306,32 @@ class Coordinator:
                     text_of(unfinished.gtid),
                     extra={"event": "transaction.left"},
                 )
+        finally:
             self.ended(unfinished.gtid)
+
+    def _search(self, resource: Resource) -> None:
+        is_calm = False
+        try:
+            is_calm = self.search(resource)
+        finally:
+            wait_ms = SEARCH_EVERY_MS if is_calm else SEARCH_AGAIN_MS
+            with self._lock:
+                self._search_at[resource.name] = monotonic_ms() + wait_ms
+
+    def _sweep(self) -> None:
+        try:
+            self.sweep()
+        finally:
+            self._sweep_at = monotonic_ms() + SEARCH_EVERY_MS
+
+    def sweep(self) -> None:
+        """
+        Have forgotten what was pending the last time, too, and has obeyed.
+
+        Raises:
+            CoordError: The cluster cannot be asked now.
+        """
+        self._pending = self._run(sweep_gen(dict(self.resources), self.who, self._pending, self))
 
     def recover(self) -> None:
         """
@@ -280,26 +343,36 @@ class Coordinator:
         for resource in list(self.resources.values()):
             if self._is_closed:
                 return
-            try:
-                if isinstance(resource, JournalResource):
-                    resource.obey_again()
-                recovered = self._run(recover_gen(resource, self))
-            except (ClusterClosed, ForkedError, FatalError):
-                raise
-            except Exception as error:
-                # A database that is away now is asked again later: one of many must not stop the others.
-                log.warning(
-                    "resource %r could not be searched: %s",
-                    resource.name,
-                    error,
-                    extra={"event": "transaction.search"},
-                )
-                continue
-            for in_doubt in recovered.in_doubt:
-                log.warning(
-                    "transaction %s is in doubt in %r: %s",
-                    text_of(in_doubt.branch.gtid),
-                    resource.name,
-                    in_doubt.why,
-                    extra={"event": "transaction.in-doubt"},
-                )
+            self.search(resource)
+
+    def search(self, resource: Resource) -> bool:
+        """
+        Search one resource. Whether nothing is left there that must be looked at again soon.
+
+        Raises:
+            ClusterClosed, FatalError: The node has stopped.
+        """
+        try:
+            if isinstance(resource, JournalResource):
+                resource.obey_again()
+            recovered = self._run(recover_gen(resource, self))
+        except (ClusterClosed, ForkedError, FatalError):
+            raise
+        except Exception as error:
+            # A database that is away now is asked again later: one of many must not stop the others.
+            log.warning(
+                "resource %r could not be searched: %s",
+                resource.name,
+                error,
+                extra={"event": "transaction.search"},
+            )
+            return False
+        for in_doubt in recovered.in_doubt:
+            log.warning(
+                "transaction %s is in doubt in %r: %s",
+                text_of(in_doubt.branch.gtid),
+                resource.name,
+                in_doubt.why,
+                extra={"event": "transaction.in-doubt"},
+            )
+        return not recovered.in_doubt

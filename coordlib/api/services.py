@@ -33,6 +33,7 @@ from coordlib.errors import (
     CallLost,
     CallTimeout,
     CoordError,
+    FatalError,
     Overloaded,
     RemoteProtocolError,
     ServiceError,
@@ -65,6 +66,7 @@ WAITING_MAX: Final = 1024
 """Calls that wait for a thread; more are refused with Overloaded."""
 
 RETRY_SECONDS: Final = 0.02
+REGISTER_AGAIN_SECONDS: Final = 0.5
 _OWN: Final = frozenset(("prepare", "restore", "commit", "abort"))
 
 
@@ -297,12 +299,23 @@ class Host:
         body = commands.service_register(name, self._name)
         yield Step(RequestKind.COMMAND, body, monotonic_ms() + self._handle._request_timeout_ms)
 
+    def _register_again_gen(self, name: str, session: int) -> OpGen[None]:
+        # Until it is done: nobody else would ever find the service again.
+        while self._session == session and not self._is_closed:
+            try:
+                yield from self._register_gen(name)
+                return
+            except (UsageError, FatalError):
+                raise  # the node has stopped
+            except CoordError:
+                yield Step.pause(REGISTER_AGAIN_SECONDS)
+
     def _session_changed(self, view: SessionView, state: SessionState) -> None:
         # In the node thread. What was registered has gone with the session before.
         if state is SessionState.CONNECTED and view.session_id != self._session:
             self._session = view.session_id
             for name in (*self._hosted, *self._deciders):
-                self._coordinator.later(self._register_gen(name))
+                self._coordinator.help(self._register_again_gen(name, view.session_id))
 
     def _take(self, inbound: InboundCall) -> None:
         """In the node thread: must not block."""

@@ -10,7 +10,9 @@ An operation that nobody waits for at all is started, and goes on where its call
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
@@ -46,6 +48,7 @@ __all__ = [
 
 T = TypeVar("T")
 GRACE_SECONDS: Final = 0.25
+HELPER_IDLE_SECONDS: Final = 1.0
 FOREVER_MS: Final = 1 << 62
 
 
@@ -283,23 +286,19 @@ def _run_own(engine: Engine, operation: Do | Together) -> Any:
         each.call = call
         engine.submit(call)
         calls.append((place, each, call))
-    threads = [
-        threading.Thread(target=_do, args=(do, place, outcomes), name="coordlib-io", daemon=True)
-        for place, do in own[1:]
-    ]
-    for thread in threads:
-        thread.start()
+    helped = [_helpers.submit(functools.partial(_do, do, place, outcomes)) for place, do in own[1:]]
     interrupt: BaseException | None = None
     try:
         if own:
             _do(own[0][1], own[0][0], outcomes)
     except BaseException as error:
         interrupt = error
-    for thread in threads:
-        while thread.is_alive():
+    for ended in helped:
+        while True:
             # Ctrl-C in the middle: what uses the same connections next must not meet them in use.
             try:
-                thread.join()
+                ended.acquire()
+                break
             except BaseException as error:
                 interrupt = error
     if interrupt is not None:
@@ -314,6 +313,58 @@ def _run_own(engine: Engine, operation: Do | Together) -> Any:
 
 
 _UNENDED: Final = Failure(CoordError("it was interrupted before it ended"))
+
+
+class _Helpers:
+    """
+    Threads for what an operation does besides its own: kept for a moment, because starting one costs as much as what it
+    is for. As many as are asked for at once; none of them keeps the process alive.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+
+    def submit(self, work: Callable[[], None]) -> threading.Lock:
+        """Begin it on another thread; the lock is released when it has ended. `work` does not raise."""
+        ended = threading.Lock()
+        ended.acquire()
+
+        def whole() -> None:
+            try:
+                work()
+            finally:
+                ended.release()
+
+        if self._pid != os.getpid():
+            # The parent's threads are not here, and its lock may be held by one of them.
+            self._pid, self._lock, self._idle = os.getpid(), threading.Lock(), []
+        with self._lock:
+            given = self._idle.pop() if self._idle else None
+        if given is not None:
+            given.put(whole)
+        else:
+            threading.Thread(target=self._work, args=(whole,), name="coordlib-io", daemon=True).start()
+        return ended
+
+    def _work(self, work: Callable[[], None]) -> None:
+        mine: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        while True:
+            work()
+            with self._lock:
+                self._idle.append(mine)
+            try:
+                work = mine.get(timeout=HELPER_IDLE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if mine in self._idle:
+                        self._idle.remove(mine)
+                        return
+                work = mine.get()  # it was given something in this very moment
+
+
+_helpers: Final = _Helpers()
 
 
 def _do(operation: Do, place: int, outcomes: list[Outcome]) -> None:

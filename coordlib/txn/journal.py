@@ -10,7 +10,8 @@ The outcome is durable before the handler hears of it, and the record goes after
 between runs the handler again. So handlers' `commit` and `abort` are idempotent.
 
 Disk: ``participants.db`` is an SQLite database in WAL mode with `synchronous=FULL`; its table `journal` has the
-columns below, `user_version` is the format, and a newer format is refused.
+columns below, its table `identity` one random number by which this journal's branches are known again in the log;
+`user_version` is the format, and a newer format is refused.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import threading
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
-from coordlib.errors import StorageCorrupt, StorageFailed
+from coordlib.errors import StorageCorrupt, StorageFailed, invariant
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, Finish, PreparedBranch, Resource, Vote
-from coordlib.txn.gtid import resource_tag
+from coordlib.txn.gtid import BranchName, resource_tag
 
 __all__ = [
     "Handler",
@@ -61,7 +62,16 @@ class Record(NamedTuple):
 
 
 class Journal(Protocol):
-    """Records by (gtid, bqual). Thread-safe. Every method that changes something is durable when it returns."""
+    """
+    Records by (gtid, bqual). Thread-safe. Every method that changes something is durable when it returns.
+
+    Attributes:
+        id: Tells this journal from every other one for as long as it exists; at most 16 bytes. Empty: it cannot be told,
+            so that branches which have obeyed stay pending in the log if their initiator dies before it says so.
+    """
+
+    @property
+    def id(self) -> bytes: ...
 
     def add(self, record: Record) -> None:
         """
@@ -86,7 +96,8 @@ class Journal(Protocol):
 class MemoryJournal:
     """For tests and the simulator: what outlives a process there. `before_write` may raise, as a crash does."""
 
-    def __init__(self, before_write: Callable[[str], None] = lambda what: None) -> None:
+    def __init__(self, before_write: Callable[[str], None] = lambda what: None, id: bytes = b"") -> None:
+        self.id = id
         self._records: dict[tuple[bytes, bytes], Record] = {}
         self.before_write = before_write
 
@@ -128,6 +139,9 @@ CREATE TABLE IF NOT EXISTS journal (
 ) WITHOUT ROWID
 """
 
+_IDENTITY: Final = "CREATE TABLE IF NOT EXISTS identity (id BLOB NOT NULL)"
+_ID_SIZE: Final = 8
+
 
 class SqliteJournal:
     """
@@ -168,6 +182,13 @@ class SqliteJournal:
                 )
             run("BEGIN EXCLUSIVE")
             run(_SCHEMA)
+            run(_IDENTITY)
+            run(
+                "INSERT INTO identity SELECT randomblob(?) WHERE NOT EXISTS (SELECT 1 FROM identity)",
+                (_ID_SIZE,),
+            )
+            (identity,) = run("SELECT id FROM identity").fetchone()
+            self.id: bytes = identity
             run(f"PRAGMA user_version={FORMAT}")
             run("COMMIT")
         except sqlite3.DatabaseError as error:
@@ -291,6 +312,10 @@ class JournalResource:
             self.handler.abort(record.redo)
         self.journal.remove(record.gtid, record.bqual)
 
+    def holds(self, bqual: bytes) -> bool:
+        name = BranchName.unpack(bqual)
+        return name is not None and name.evidence == self.journal.id != b""
+
     def prepared(self) -> list[PreparedBranch]:
         return [
             PreparedBranch(record.gtid, record.bqual, f"{self.service} in the participants' journal")
@@ -340,6 +365,10 @@ class JournalBranch:
         if redo is None:
             return Vote.READ_ONLY
         self._reserved = redo
+        name = BranchName.unpack(self.bqual)
+        invariant(name is not None, "a branch whose name is none: %s", self.bqual.hex())
+        assert name is not None
+        self.bqual = name._replace(evidence=self._journal.journal.id).pack()
         service = self._journal.service
         self._journal.journal.add(
             Record(service, self._gtid, self.bqual, self._deadline_ms, JournalState.PREPARED, redo)

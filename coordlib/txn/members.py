@@ -107,7 +107,8 @@ class LocalMember:
         self.node = node
         self.expects_read_only = expects_read_only
         self.participants: tuple[Participant, ...] = ()
-        self._asynchronous = branch if isinstance(branch, AsyncBranch) else None
+        # Not isinstance(): of a protocol that costs as much as a statement.
+        self._asynchronous = cast(AsyncBranch, branch) if hasattr(branch, "aprepare") else None
         self._is_asked = False  # for a promise, whatever came of it
 
     @property

@@ -181,7 +181,8 @@ def sweep_gen(
 
     Args:
         resources: By name; those of this process.
-        node: This process's name in lists of participants: what is in a journal is looked at only where it is.
+        node: This process's name in lists of participants. What is in a journal is looked at only where it is: in the
+            process that wrote it, and in those that open it later.
 
     Raises:
         CoordError: The cluster cannot be asked now.
@@ -197,8 +198,10 @@ def sweep_gen(
             after = gtid
             for name, where, bqual in branches:
                 resource = resources.get(name)
-                if resource is None or (where != node and isinstance(resource, JournalResource)):
+                if resource is None:
                     continue
+                if isinstance(resource, JournalResource) and where != node and not resource.holds(bqual):
+                    continue  # another replica's journal: that nothing is prepared in this one says nothing
                 pending.append((gtid, bqual, resource))
     for gtid, bqual, resource in pending:
         if (gtid, bqual) not in seen or recovery.is_live(gtid):

@@ -20,7 +20,7 @@ from coordlib.txn.journal import (
     SqliteJournal,
 )
 
-GTID, BQUAL = b"g" * 16, b"b" * 9
+GTID, BQUAL = b"g" * 16, b"bbbbbbbb\0"
 RECORD = Record("inventory", GTID, BQUAL, 5000, JournalState.PREPARED, b"redo")
 
 
@@ -95,6 +95,22 @@ def test_what_was_added_is_there_after_the_process_has_ended_without_a_word(tmp_
     second = SqliteJournal(copies / "participants.db")
     assert second.records("inventory") == [RECORD]
     second.close()
+
+
+def test_a_journal_knows_its_own_branches_for_ever(tmp_path: Path) -> None:
+    """Also after a restart, and when they have long ended; never those of another replica's journal."""
+    first, other = SqliteJournal(tmp_path / "a.db"), SqliteJournal(tmp_path / "b.db")
+    branch = branch_of(JournalResource("inventory", first, Stock(set())))
+    branch.prepare()
+    branch.commit()
+    first.close()
+    again = SqliteJournal(tmp_path / "a.db")
+    assert JournalResource("inventory", again, Stock(set())).holds(branch.bqual)
+    for stranger in (other, MemoryJournal(), MemoryJournal(id=b"m")):
+        assert not JournalResource("inventory", stranger, Stock(set())).holds(branch.bqual)
+        assert not JournalResource("inventory", stranger, Stock(set())).holds(BQUAL)
+    again.close()
+    other.close()
 
 
 def test_a_journal_is_one_process_s_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

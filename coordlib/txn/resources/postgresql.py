@@ -322,8 +322,9 @@ class PostgreSQL(ResourceBase):
             ResourceBusy: Somebody else is ending it, or the server is still preparing it.
             psycopg.Error: The database cannot be reached, or we may not end it.
         """
+        gid = postgresql_gid(self.cluster, branch.gtid, branch.bqual)
         finish: Finish = self._with_connection(
-            lambda connection: run(_finish_gen(connection, self.cluster, branch.gtid, branch.bqual, commit))
+            lambda connection: run(_finish_gen(connection, gid, branch.bqual, commit))
         )
         return finish
 
@@ -398,6 +399,7 @@ class _Branch:
         self._connection = connection
         self._gtid = gtid
         self._bqual = resource.check_bqual(bqual)
+        self._made_gid: str | None = None  # of the bqual as it is
         self._remaining_s = remaining_s
         self._is_ours = is_ours
         # By somebody else's library, which will want to begin and end transactions in its own way.
@@ -432,7 +434,9 @@ class _Branch:
 
     @property
     def _gid(self) -> str:
-        return postgresql_gid(self._resource.cluster, self._gtid, self._bqual)
+        if self._made_gid is None:
+            self._made_gid = postgresql_gid(self._resource.cluster, self._gtid, self._bqual)
+        return self._made_gid
 
     def _budget_ms(self) -> int:
         # 0 would mean no limit at all.
@@ -541,6 +545,7 @@ class _Branch:
         invariant(name is not None, "a bqual of ours is not ours: %s", self._bqual.hex())
         assert name is not None
         self._bqual = name._replace(evidence=evidence.pack()).pack()
+        self._made_gid = None
 
     def _end_locally_gen(self) -> Flow[None]:
         """COMMIT what was not prepared."""
@@ -597,9 +602,7 @@ class _Branch:
         if connection.closed:
             reconnected = connection = yield self._reconnect()
         try:
-            finish = yield from _finish_gen(
-                connection, self._resource.cluster, self._gtid, self._bqual, commit
-            )
+            finish = yield from _finish_gen(connection, self._gid, self._bqual, commit)
         finally:
             if reconnected is not None:
                 yield reconnected.close()
@@ -725,8 +728,7 @@ def _query(connection: Any, sql: str, parameters: Any = None) -> Flow[Any]:
     return (yield cursor.fetchone())
 
 
-def _finish_gen(connection: Any, cluster: bytes, gtid: bytes, bqual: bytes, commit: bool) -> Flow[Finish]:
-    gid = postgresql_gid(cluster, gtid, bqual)
+def _finish_gen(connection: Any, gid: str, bqual: bytes, commit: bool) -> Flow[Finish]:
     try:
         yield connection.tpc_commit(gid) if commit else connection.tpc_rollback(gid)
     except pg.UndefinedObject:
