@@ -132,6 +132,7 @@ class _ThreadApplication:
         self._disturbances = _Disturbances()
         self._writer: _Writer | None = None
         self._load: Load | None = None
+        self._tellers: Any = None
 
     def start(self, _: dict[str, Any]) -> dict[str, Any]:
         self._cluster.start()
@@ -219,6 +220,30 @@ class _ThreadApplication:
         """All of the map of `benchmarks.load`, as this very member has applied it."""
         state = self._cluster.map(LOAD_MAP)
         return {"contents": {key: state.read_stale(key) for key in state}}
+
+    def tellers(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Take the databases of `benchmarks.transacting`, whose driver nobody else here needs."""
+        from benchmarks.transacting import Tellers
+
+        self._tellers = Tellers(self._cluster, request["dsns"])
+        return {}
+
+    def transfer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Transfers, and how many entries of the log they waited for."""
+        counters = self._cluster._coordinator.counters
+        before = counters.get("log_entries", 0)
+        result = self._tellers.run(request["way"], threads=request["threads"], count=request["count"])
+        return {**result, "log_entries": counters.get("log_entries", 0) - before}
+
+    def put_in_transaction(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As `put`, each in a transaction of its own."""
+        cluster, state, value = self._cluster, self._map, "v" * 100
+
+        def once(number: int) -> None:
+            with cluster.transaction():
+                state.put(f"key-{number % 1000}", value)
+
+        return _counted(once, request["count"])
 
     def wake_up(self, request: dict[str, Any]) -> dict[str, Any]:
         """How late a thread of this process is when it sleeps a millisecond: the wait for core and GIL, with no library."""

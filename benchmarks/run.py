@@ -323,6 +323,69 @@ class Bench:
             more = {"quiet_p50_us": round(quiet, 1)}
             self._latency(f"gil{suffix}", samples[f"burning{suffix}"], to=quiet, **more)
 
+    # -- transactions --------------------------------------------------------------------------------------
+
+    def tx_map(self) -> None:
+        """A transaction that only writes to a map, beside a put, from the leader's application."""
+        count = self.count(2000, 400)
+        samples: dict[str, list[int]] = {"put": [], "put_in_transaction": []}
+        with Fleet(self.directory) as fleet:
+            leader = fleet.leader()
+            for way in samples:
+                leader.do(way, count=200)
+            for _ in range(self.rounds):
+                for _ in range(4):  # in turns: what the machine does meanwhile is shared
+                    for way, own in samples.items():
+                        own += leader.do(way, count=count // 4)["samples_us"]
+        put = quantile(samples["put"], 0.5)
+        self._latency("tx_map", samples["put_in_transaction"], to=put, at_most=1.15, put_p50_us=round(put, 1))
+
+    def tx_databases(self) -> None:
+        """tx_decided, tx_applied, tx_8_threads: two PostgreSQL databases, beside the same by hand without a coordinator"""
+        # Justification: only who has the drivers and the servers measures this.
+        from benchmarks.transacting import create_accounts
+        from tests.txn.servers import PostgreSQLServer, ServerMissing
+
+        try:
+            servers = [PostgreSQLServer(fsync="on", max_prepared_transactions=100) for _ in range(2)]
+        except ServerMissing as error:
+            print(f"tx_databases is left out: {error}", flush=True)
+            return
+        single: dict[str, list[int]] = {"hand": [], "decided": [], "applied": []}
+        rates: dict[str, list[float]] = {way: [] for way in single}
+        entries = transfers = 0
+        with servers[0], servers[1], Fleet(self.directory) as fleet:
+            for server in servers:
+                create_accounts(server.dsn())
+            teller = fleet.leader()
+            teller.do("tellers", dsns=[server.dsn() for server in servers])
+            for way in single:
+                teller.do("transfer", way=way, threads=1, count=100)
+            for _ in range(self.rounds):
+                for way in (*single, *reversed(single)):
+                    answer = teller.do("transfer", way=way, threads=1, count=self.count(250, 50))
+                    single[way] += answer["samples_us"]
+                    if way != "hand":
+                        entries, transfers = (
+                            entries + answer["log_entries"],
+                            transfers + len(answer["samples_us"]),
+                        )
+                for way in single:
+                    answer = teller.do("transfer", way=way, threads=8, count=self.count(1200, 160))
+                    rates[way].append(len(answer["samples_us"]) / answer["seconds"])
+        hand = quantile(single["hand"], 0.5)
+        more = {"hand_p50_us": round(hand, 1), "log_entries_each": round(entries / transfers, 3)}
+        self._latency("tx_decided", single["decided"], to=hand, at_most=1.4, **more)
+        self._latency("tx_applied", single["applied"], to=hand, at_most=2.0, **more)
+        for way in ("applied", "decided"):
+            rate, by_hand = median(rates[way]), median(rates["hand"])
+            figures = {"per_s": round(rate, 1), "hand_per_s": round(by_hand, 1)}
+            shown = f"{rate:.0f}/s, by hand {by_hand:.0f}/s"
+            line = Line(
+                f"tx_8_threads_{way}", figures, shown=shown, value=rate / by_hand, at_least=0.55, unit="x"
+            )
+            self.report.add(line)
+
     # -- ids -----------------------------------------------------------------------------------------------
 
     def ids_mint(self) -> None:
@@ -348,6 +411,8 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
     "gil": ("gil_client",),
     "rss": (),
     "ids_mint": ("ids_mint_many", "ids_cap"),
+    "tx_map": (),
+    "tx_databases": ("tx_decided", "tx_applied", "tx_8_threads_applied", "tx_8_threads_decided"),
 }
 """What is measured together, and the lines it gives beside the one of its own name."""
 
