@@ -12,6 +12,7 @@ errors. The tellers note outside of coordlib what they began, and what they were
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
@@ -61,12 +62,9 @@ class Bank:
         self._lock = threading.Lock()
         self.outcomes: dict[str, int] = {}
         self.waits: list[float] = []
-        chances = [random.Random(f"{seed}-{number}") for number in range(THREADS)]
         work: list[Callable[[], None]] = [self._open]
-        work += [
-            lambda number=number, chance=chance: self._work(number, chance)
-            for number, chance in enumerate(chances)
-        ]  # type: ignore[misc]
+        for number in range(THREADS):
+            work.append(functools.partial(self._work, number, random.Random(f"{seed}-{number}")))
         self._threads = [threading.Thread(target=one, daemon=True) for one in work]
         for thread in self._threads:
             thread.start()

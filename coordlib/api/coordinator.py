@@ -95,7 +95,9 @@ class Coordinator:
         self._is_closed = False
         self._search_at: dict[str, int] = {}  # by resource
         self._sweep_at = 0
-        self._pending: frozenset[tuple[bytes, bytes]] = frozenset()  # in our resources, when they were last swept
+        self._pending: frozenset[tuple[bytes, bytes]] = (
+            frozenset()
+        )  # in our resources, when they were last swept
 
     # -- names
 
