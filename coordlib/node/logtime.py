@@ -15,19 +15,20 @@ __all__ = ["LogClock"]
 
 SLEW_DIVISOR: Final = 10
 GAP_MS_MAX: Final = 60_000
+UNSET_MS_MAX: Final = 946_684_800_000
+"""2000-01-01: a log that is dated before was begun when no quorum's clocks were known yet."""
 
 
 class LogClock:
     """The leader's pen for log_time; made anew whenever a node becomes leader."""
 
-    __slots__ = ("_last_ms", "_mono_ms", "_offsets", "_quorum", "_started_from_zero")
+    __slots__ = ("_last_ms", "_mono_ms", "_offsets", "_quorum")
 
     def __init__(self, last_logged_ms: int, now_ms: int, quorum: int) -> None:
         self._last_ms = last_logged_ms
         self._mono_ms = now_ms
         self._quorum = quorum
         self._offsets: dict[str, int] = {}  # voter -> its wall clock minus our monotonic one
-        self._started_from_zero = last_logged_ms == 0
 
     def follow(self, logged_ms: int) -> None:
         """
@@ -38,7 +39,6 @@ class LogClock:
         """
         if logged_ms > self._last_ms:
             self._last_ms = logged_ms
-            self._started_from_zero = False
 
     def observe(self, voter: str, wall_ms: int, now_ms: int) -> None:
         """A voter's wall clock, as of about now."""
@@ -52,11 +52,14 @@ class LogClock:
         target = self._median(now_ms)
         if target is not None:
             gap = target - value
-            if gap > GAP_MS_MAX or (self._started_from_zero and gap > 0):
-                # A jump forward, as after a long stop of the whole cluster, needs a quorum that agrees on it.
-                if len(self._offsets) >= self._quorum and self._agreeing(target, now_ms) >= self._quorum:
+            is_unset = self._last_ms < UNSET_MS_MAX
+            if gap > GAP_MS_MAX or (is_unset and gap > 0):
+                # A jump forward, as after a long stop of the whole cluster, needs a quorum that agrees on it. The first
+                # time of all needs a quorum, but no agreement: a cluster whose clocks differ would stay in 1970.
+                if len(self._offsets) >= self._quorum and (
+                    is_unset or self._agreeing(target, now_ms) >= self._quorum
+                ):
                     value = target
-                    self._started_from_zero = False
             elif gap:
                 slew = elapsed // SLEW_DIVISOR
                 value += max(-slew, min(slew, gap))

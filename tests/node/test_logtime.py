@@ -6,6 +6,8 @@ import random
 
 from coordlib.node.logtime import GAP_MS_MAX, LogClock
 
+SET_MS = 1_700_000_000_000
+
 
 def test_it_advances_with_the_leaders_clock() -> None:
     """Without anybody's wall clock too."""
@@ -27,22 +29,22 @@ def test_it_never_goes_back() -> None:
 
 def test_it_is_slewed_toward_the_median_by_a_tenth_at_most() -> None:
     """One voter's wrong clock moves nothing."""
-    clock = LogClock(1_000_000, 0, 2)
-    for voter, wall in (("a", 1_005_000), ("b", 1_005_000), ("c", 10**13)):
+    clock = LogClock(SET_MS, 0, 2)
+    for voter, wall in (("a", SET_MS + 5000), ("b", SET_MS + 5000), ("c", 10**13)):
         clock.observe(voter, wall, 0)
-    assert clock.read(1000) == 1_001_100
-    clock = LogClock(1_005_000, 0, 2)
+    assert clock.read(1000) == SET_MS + 1100
+    clock = LogClock(SET_MS + 5000, 0, 2)
     for voter in "abc":
-        clock.observe(voter, 1_000_000, 0)
-    assert clock.read(1000) == 1_005_900
+        clock.observe(voter, SET_MS, 0)
+    assert clock.read(1000) == SET_MS + 5900
 
 
 def test_a_jump_forward_needs_a_quorum() -> None:
     """As after a long stop of the whole cluster."""
-    target = 1_000_000 + 2 * GAP_MS_MAX
-    clock = LogClock(1_000_000, 0, 2)
+    target = SET_MS + 2 * GAP_MS_MAX
+    clock = LogClock(SET_MS, 0, 2)
     clock.observe("a", target, 0)
-    assert clock.read(0) == 1_000_000
+    assert clock.read(0) == SET_MS
     clock.observe("b", target, 0)
     assert clock.read(0) == target
 
@@ -64,3 +66,16 @@ def test_a_new_cluster_begins_at_the_time_of_a_quorum() -> None:
     clock.observe("a", 1_700_000_000_000, 0)
     clock.observe("b", 1_700_000_000_100, 0)
     assert clock.read(0) >= 1_700_000_000_000
+
+
+def test_a_new_cluster_begins_at_the_earlier_time_when_its_clocks_disagree() -> None:
+    """The epoch of ids is after 1970: time that stays there grants no windows. Also under a second leader."""
+    clock = LogClock(0, 0, 2)
+    clock.observe("a", 1_700_003_600_000, 0)
+    assert clock.read(500) == 500
+    clock.observe("b", 1_700_000_000_000, 0)
+    assert clock.read(1000) == 1_700_000_001_000
+    second = LogClock(500, 0, 2)
+    for voter, wall_ms in (("a", 1_700_003_600_000), ("b", 1_700_000_000_000), ("c", 1_700_007_200_000)):
+        second.observe(voter, wall_ms, 0)
+    assert second.read(0) == 1_700_003_600_000
