@@ -242,6 +242,9 @@ class _Handle:
                     )
         return found
 
+    def _with_transactions(self, stats: dict[str, Any]) -> dict[str, Any]:
+        return {**stats, "transactions_here": self._coordinator.stats()}
+
     @property
     def _driver_for_calls(self) -> Driver:
         driver = self._driver
@@ -564,8 +567,13 @@ class Cluster(_Handle):
         return self._run(transactions.outcome_gen(gtid, self._request_timeout_ms))
 
     def stats(self) -> dict[str, Any]:
-        """How this node is: role, term, indexes, members, sessions, counters. Keys are stable, more may come."""
-        return _driver_of(self).stats()
+        """
+        How this node is: role, term, indexes, members, sessions, counters. Keys are stable, more may come.
+
+        "transactions" is what the cluster remembers (of members only), "transactions_here" what this handle's own have
+        come to and waited for: see docs/transactions.md.
+        """
+        return self._with_transactions(_driver_of(self).stats())
 
 
 class AsyncCluster(_Handle):
@@ -722,7 +730,7 @@ class AsyncCluster(_Handle):
 
     async def stats(self) -> dict[str, Any]:
         """See `Cluster.stats`."""
-        return await asyncio.to_thread(_driver_of(self).stats)
+        return self._with_transactions(await asyncio.to_thread(_driver_of(self).stats))
 
 
 class _AsyncFace(AsyncCluster):

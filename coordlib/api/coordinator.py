@@ -22,10 +22,10 @@ from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import FOREVER_MS, OpGen, Step
 from coordlib.txn.branches import DecidingResource, Resource
 from coordlib.txn.commit import Context, Counters, Unfinished
-from coordlib.txn.gtid import GtidMinter, text_of
+from coordlib.txn.gtid import GtidMinter, mint_ms_of, text_of
 from coordlib.txn.journal import JournalResource
 from coordlib.txn.participant import Participants, Work
-from coordlib.txn.recovery import complete_gen, recover_gen, sweep_gen
+from coordlib.txn.recovery import InDoubt, complete_gen, recover_gen, sweep_gen
 from coordlib.txn.service import Status, Verb, Wish, decode_answer
 from coordlib.wire.messages import RequestKind
 
@@ -98,23 +98,30 @@ class Coordinator:
         self._pending: frozenset[tuple[bytes, bytes]] = (
             frozenset()
         )  # in our resources, when they were last swept
+        self._in_doubt: dict[str, tuple[InDoubt, ...]] = {}  # by resource, as the last search has found it
 
     # -- names
 
     def name_gen(self) -> OpGen[tuple[bytes, int]]:
         """A new gtid, and the estimate of log time that is in it. Asks the cluster the first time only."""
         if not self._log_time_at:
-            reply = yield Step(
-                RequestKind.QUERY, commands.query_time(), monotonic_ms() + self.request_timeout_ms
-            )
-            now = monotonic_ms()
-            # Before the answer was under way: the estimate is late by that, never early.
-            self._log_time_ms, self._log_time_at = commands.decode_reply(reply)[0], now
-        estimate = self._log_time_ms + monotonic_ms() - self._log_time_at
+            yield from self._learn_time_gen()
+        estimate = self._estimate_ms()
         with self._lock:
             gtid = self._minter.mint(estimate, self._session())
             self._live[gtid] = 1
         return gtid, estimate
+
+    def _learn_time_gen(self) -> OpGen[None]:
+        deadline_ms = monotonic_ms() + self.request_timeout_ms
+        reply = yield Step(RequestKind.QUERY, commands.query_time(), deadline_ms)
+        now = monotonic_ms()
+        # Before the answer was under way: the estimate is late by that, never early.
+        self._log_time_ms, self._log_time_at = commands.decode_reply(reply)[0], now
+
+    def _estimate_ms(self) -> int:
+        """Of log time; 0 if it was never asked for."""
+        return self._log_time_ms + monotonic_ms() - self._log_time_at if self._log_time_at else 0
 
     def ended(self, gtid: bytes) -> None:
         """One of those who were at work on the transaction is done with it."""
@@ -158,7 +165,23 @@ class Coordinator:
         return None  # nobody may conclude anything
 
     def count(self, name: str, number: int = 1) -> None:
-        self.counters[name] = self.counters.get(name, 0) + number
+        self.context.count(name, number)
+
+    def stats(self) -> dict[str, Any]:
+        """How this process's own transactions go, and what it knows to be in doubt."""
+        waiting = {doubt.branch.gtid for found in list(self._in_doubt.values()) for doubt in found}
+        with self._lock:
+            live, left, participants = len(self._live), len(self._left), self.participants
+        if participants is not None:
+            waiting.update(participants.promised())
+        oldest_ms = min(map(mint_ms_of, waiting), default=0)
+        return {
+            "live": live,
+            "left": left,
+            "in_doubt": len(waiting),
+            "in_doubt_oldest_ms": max(0, self._estimate_ms() - oldest_ms) if waiting else 0,
+            "counters": dict(sorted(self.counters.copy().items())),
+        }
 
     def forget(self, branches: Sequence[tuple[bytes, bytes]]) -> None:
         """Have it recorded that these have obeyed: soon, many at once, and nobody waits for it."""
@@ -369,6 +392,9 @@ class Coordinator:
                 extra={"event": "transaction.search"},
             )
             return False
+        if recovered.in_doubt and not self._log_time_at:
+            self._run(self._learn_time_gen())  # to say how old they are
+        self._in_doubt[resource.name] = recovered.in_doubt
         for in_doubt in recovered.in_doubt:
             log.warning(
                 "transaction %s is in doubt in %r: %s",

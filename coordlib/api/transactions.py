@@ -321,6 +321,7 @@ class _TransactionBase:
         assert record is not None
         try:
             if record.state is State.ACTIVE:
+                self._coordinator.count("rolled_back")
                 yield from abort_gen(record, self._coordinator.context)
         finally:
             self._ended(record)

@@ -21,7 +21,7 @@ resource WebLogic's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 from coordlib.errors import (
     CoordError,
@@ -92,7 +92,10 @@ class Context:
         self.counters = counters
 
     def count(self, name: str, number: int = 1) -> None:
-        self.counters[name] = self.counters.get(name, 0) + number
+        try:
+            self.counters[name] += number
+        except KeyError:
+            self.counters[name] = number
 
 
 def _name(tx: Transaction) -> str:
@@ -138,12 +141,13 @@ def commit_gen(tx: Transaction, context: Context, *, until_applied: bool = True)
     """
     invariant(tx.state is State.ACTIVE, "commit of a transaction that is %s", tx.state)
     try:
-        return (yield from _commit_gen(tx, context, until_applied))
+        decided = yield from _commit_gen(tx, context, until_applied)
     except GeneratorExit:
         # Nobody runs this any more, so that nothing can be waited for.
         _leave(tx, context)
         raise
-    except BaseException:
+    except BaseException as error:
+        _count_failure(context, error)
         # Its caller was interrupted (or an adapter has a bug). Before the decision was asked for nothing is
         # committed, and whatever was promised can be rolled back; after that, only the log can tell.
         if tx.state in (State.ACTIVE, State.PREPARING):
@@ -154,6 +158,31 @@ def commit_gen(tx: Transaction, context: Context, *, until_applied: bool = True)
         elif tx.state in (State.DECIDING, State.ONE_PHASE):
             _leave(tx, context)
         raise
+    context.count("committed")
+    return decided
+
+
+def _count_failure(context: Context, error: BaseException) -> None:
+    if isinstance(error, TransactionAborted):
+        context.count(f"aborted_{error.reason}")
+    elif isinstance(error, (TooManyLastResources, ResourceNotTwoPhase)):
+        context.count("aborted_refused")
+    elif isinstance(error, TransactionOutcomeUnknown):
+        context.count("unknown")
+    elif isinstance(error, HeuristicOutcome):
+        context.count("heuristic")
+    else:
+        context.count("interrupted")
+
+
+def _timed_gen(phase: str, request: Step | Together, context: Context) -> OpGen[Any]:
+    """Have it done, and add to how often and how long this phase was waited for."""
+    began_ms = context.clock()
+    try:
+        return (yield request)
+    finally:
+        context.count(f"{phase}_rounds")
+        context.count(f"{phase}_ms", context.clock() - began_ms)
 
 
 def _commit_gen(tx: Transaction, context: Context, until_applied: bool) -> OpGen[Decided]:
@@ -215,7 +244,7 @@ def _commit_state_gen(tx: Transaction, context: Context) -> OpGen[Decided]:
     # remembered of transactions is kept for those who have participants.
     step = Step(RequestKind.COMMAND, _decide_body(tx, b""), _answer_by(tx, context))
     try:
-        reply = yield step
+        reply = yield from _timed_gen("decide", step, context)
     except (DefiniteError, UsageError) as error:
         tx.become(State.ABORTED)
         raise _not_decided(tx, error) from error
@@ -265,7 +294,8 @@ def _prepare_gen(tx: Transaction, members: Sequence[Member], context: Context) -
     """
     if tx.state is State.ACTIVE:
         tx.become(State.PREPARING)
-    outcomes: list[Outcome] = yield Together([member.prepare(tx.expires_ms) for member in members])
+    votes = Together([member.prepare(tx.expires_ms) for member in members])
+    outcomes: list[Outcome] = yield from _timed_gen("prepare", votes, context)
     ballots = [member.read_vote(outcome) for member, outcome in zip(members, outcomes, strict=True)]
     failed = next((ballot for ballot in ballots if ballot.error is not None), None)
     if failed is not None:
@@ -287,8 +317,9 @@ def _commit_prepared_gen(tx: Transaction, context: Context, until_applied: bool)
     context.count("two_phase")
     context.count("log_entries")
     tx.become(State.DECIDING)
+    step = Step(RequestKind.COMMAND, _decide_body(tx, tx.gtid), _answer_by(tx, context))
     try:
-        reply = yield Step(RequestKind.COMMAND, _decide_body(tx, tx.gtid), _answer_by(tx, context))
+        reply = yield from _timed_gen("decide", step, context)
     except (DefiniteError, UsageError) as error:
         # It was never appended, and never will be: no entry is needed for what everybody presumes.
         yield from abort_gen(tx, context)
@@ -309,6 +340,7 @@ def _commit_prepared_gen(tx: Transaction, context: Context, until_applied: bool)
 def _resolve_gen(tx: Transaction, context: Context, cause: CoordError) -> OpGen[Decided]:
     """The answer to the decision was lost. Whoever is applied first decides; either way there is an answer."""
     context.count("resolved")
+    context.count("log_entries")
     by = context.clock() + GRACE_MS
     try:
         reply = yield Step(RequestKind.COMMAND, commands.tx_resolve(tx.gtid), by)
@@ -335,7 +367,7 @@ def _commit_by_last_resource_gen(
     decider = cast(DecidingResource, last.branch.resource)
     context.count("last_resource")
     tx.become(State.DECIDING)
-    (outcome,) = yield Together([last.decide(tx.gtid)])
+    (outcome,) = yield from _timed_gen("decide", Together([last.decide(tx.gtid)]), context)
     if isinstance(outcome, Failure) and not isinstance(outcome.error, BranchFailed):
         # Its connection was lost in the middle. It knows whether it has committed; if not, it never will from now on.
         try:
@@ -468,7 +500,6 @@ def abort_gen(tx: Transaction, context: Context, ended: Iterable[Member] = ()) -
 
 def _rollback_gen(tx: Transaction, context: Context, ended: Iterable[Member]) -> OpGen[None]:
     invariant(tx.state is State.ABORTED, "told to roll back what is %s", tx.state)
-    context.count("aborted")
     done = list(ended)
     decider = _decider_of(tx)
     waiting = [member for member in tx.members if not any(member is other for other in done)]
@@ -496,7 +527,9 @@ def _tell_gen(
     context: Context,
 ) -> OpGen[list[Member]]:
     """Tell all at once; returns those that have not obeyed."""
-    outcomes: list[Outcome] = yield Together([member.finish(commit, deadline_ms) for member in members])
+    orders = Together([member.finish(commit, deadline_ms) for member in members])
+    phase = "apply" if commit else "rollback"
+    outcomes: list[Outcome] = yield from _timed_gen(phase, orders, context)
     waiting: list[Member] = []
     ended: list[tuple[bytes, bytes]] = []
     for member, outcome in zip(members, outcomes, strict=True):

@@ -165,6 +165,11 @@ class Participants:
         with self._lock:
             return any(key[0] == gtid for key in self.works)
 
+    def promised(self) -> set[bytes]:
+        """Transactions whose outcome is waited for here."""
+        with self._lock:
+            return {work.gtid for work in self.works.values() if work.state is WorkState.PREPARED}
+
     # -- questions
 
     def handle_gen(self, wish: Wish, budget_ms: int, execute: Execute) -> OpGen[Answer]:

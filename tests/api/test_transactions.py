@@ -23,10 +23,11 @@ from coordlib.errors import (
     UsageError,
 )
 from coordlib.machine import commands
+from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import OpGen, Step
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, Finish, PreparedBranch, Vote
-from coordlib.txn.gtid import BranchName, resource_tag
+from coordlib.txn.gtid import BranchName, join_gtid, resource_tag
 from coordlib.wire.messages import RequestKind
 
 
@@ -629,6 +630,72 @@ def test_a_last_resource_decides_for_the_others(
         tx.enlist(local).append("row")
         tx.enlist(second).append("row")
     assert (local.rows, second.rows) == (["row"], [])
+
+
+def test_stats_tell_what_transactions_came_to(cluster: coordlib.Cluster, stores: tuple[Store, Store]) -> None:
+    """Outcomes by kind, the way each was committed, the entries waited for, and phases with their time."""
+    orders, billing = stores
+    stock = cluster.map("stock")
+    before = entries(cluster)
+    with cluster.transaction():
+        stock["a"] = 1
+    with cluster.transaction() as tx:
+        tx.enlist(orders).append("order")
+        tx.enlist(billing).append("bill")
+    billing.at, billing.problem = "prepare", BranchFailed("credit limit")
+    with pytest.raises(TransactionAborted), cluster.transaction() as tx:
+        tx.enlist(orders).append("order")
+        tx.enlist(billing).append("bill")
+    with pytest.raises(TransactionConflict), cluster.transaction():
+        stock["b"] = stock["a"]
+        in_another_thread(lambda: stock.put("a", 5))
+    with pytest.raises(ZeroDivisionError), cluster.transaction():
+        stock["b"] = 1 // 0
+    here = cluster.stats()["transactions_here"]
+    counters = here["counters"]
+    times = {name: counters.pop(name) for name in list(counters) if name.endswith("_ms")}
+    lazy = counters.pop("log_entries_lazy", 0)
+    assert counters == {
+        "aborted_conflict": 1,
+        "aborted_vote-no": 1,
+        "apply_rounds": 1,
+        "committed": 2,
+        "decide_rounds": 3,
+        "log_entries": 3,
+        "prepare_rounds": 2,
+        "rollback_rounds": 1,
+        "rolled_back": 1,
+        "state_only": 2,
+        "two_phase": 1,
+        "votes_no": 1,
+    }
+    assert set(times) == {"apply_ms", "decide_ms", "prepare_ms", "rollback_ms"}
+    assert all(time >= 0 for time in times.values())
+    # The other thread's put is one, too; and that branches have obeyed may be on its way.
+    assert entries(cluster) - before - lazy in (4, 5)
+    assert (here["in_doubt"], here["in_doubt_oldest_ms"], here["live"], here["left"]) == (0, 0, 0, 0)
+
+
+def test_stats_tell_what_is_in_doubt_and_since_when(cluster: coordlib.Cluster) -> None:
+    """A branch that was found in a resource, is not decided, and whose initiator is alive."""
+    store = Store("orders")
+    cluster.resource(store)
+    (log_time_ms,) = commands.decode_reply(cluster._run(_ask(commands.query_time())))
+    gtid = join_gtid(log_time_ms - 3000, cluster._engine.view.session_id, 0)
+    store.held[(gtid, BranchName(store.tag, b"nn", 1).pack())] = ["lost"]
+    cluster._coordinator.recover()
+    here = cluster.stats()["transactions_here"]
+    assert here["in_doubt"] == 1
+    assert here["in_doubt_oldest_ms"] >= 3000
+    assert commands.decode_reply(cluster._run(_resolve(gtid)))[0] == TxStatus.ABORTED
+    cluster._coordinator.recover()
+    here = cluster.stats()["transactions_here"]
+    assert (here["in_doubt"], here["in_doubt_oldest_ms"], here["counters"]["recovered"]) == (0, 0, 1)
+
+
+def _resolve(gtid: bytes) -> OpGen[bytes]:
+    reply: bytes = yield Step(RequestKind.COMMAND, commands.tx_resolve(gtid), monotonic_ms() + 10_000)
+    return reply
 
 
 def test_a_resource_that_is_not_registered_is_refused(cluster: coordlib.Cluster) -> None:
