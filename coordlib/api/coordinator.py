@@ -171,13 +171,13 @@ class Coordinator:
         """How this process's own transactions go, and what it knows to be in doubt."""
         waiting = {doubt.branch.gtid for found in list(self._in_doubt.values()) for doubt in found}
         with self._lock:
-            live, left, participants = len(self._live), len(self._left), self.participants
+            live, participants = len(self._live), self.participants
         if participants is not None:
             waiting.update(participants.promised())
         oldest_ms = min(map(mint_ms_of, waiting), default=0)
         return {
             "live": live,
-            "left": left,
+            "backlog": self._tellers.backlog + self._helpers.backlog,
             "in_doubt": len(waiting),
             "in_doubt_oldest_ms": max(0, self._estimate_ms() - oldest_ms) if waiting else 0,
             "counters": dict(sorted(self.counters.copy().items())),
