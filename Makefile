@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench simulate mutants kill9 duplicates nemesis powercuts clean
+.PHONY: demo test lint bench simulate mutants kill9 bank duplicates nemesis powercuts clean
 
 demo: $(STAMP)
 	@$(PY) -m coordlib.cli demo
@@ -38,6 +38,11 @@ kill9: $(STAMP)
 IDS ?= 100000000
 duplicates: $(STAMP)
 	$(PY) benchmarks/duplicate_hunt.py --ids $(IDS)
+
+# Transfers between databases, a service and maps while everything is killed at random. Needs PostgreSQL's binaries.
+MINUTES ?= 30
+bank: $(STAMP)
+	$(PY) benchmarks/bank.py --minutes $(MINUTES)
 
 # The log on a real file system whose power is cut. Only as root.
 CUTS ?= 1000

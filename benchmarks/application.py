@@ -133,6 +133,7 @@ class _ThreadApplication:
         self._writer: _Writer | None = None
         self._load: Load | None = None
         self._tellers: Any = None
+        self._bank: Any = None
 
     def start(self, _: dict[str, Any]) -> dict[str, Any]:
         self._cluster.start()
@@ -234,6 +235,24 @@ class _ThreadApplication:
         before = counters.get("log_entries", 0)
         result = self._tellers.run(request["way"], threads=request["threads"], count=request["count"])
         return {**result, "log_entries": counters.get("log_entries", 0) - before}
+
+    def bank(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Begin what `benchmarks.bank` has its processes do."""
+        from benchmarks.tellers import Bank
+
+        self._bank = Bank(self._cluster, **request["arguments"])
+        return {}
+
+    def unbank(self, _: dict[str, Any]) -> dict[str, Any]:
+        """End it."""
+        self._bank.stop()
+        counters = dict(self._cluster._coordinator.counters)
+        return {"outcomes": self._bank.outcomes, "waits": self._bank.waits[-2000:], "counters": counters}
+
+    def books(self, _: dict[str, Any]) -> dict[str, Any]:
+        """What the maps of `benchmarks.tellers` hold, and what the log has pending."""
+        transfers = dict(self._cluster.map("transfers").items())
+        return {"transfers": transfers, "balances": dict(self._cluster.map("balances").items())}
 
     def put_in_transaction(self, request: dict[str, Any]) -> dict[str, Any]:
         """As `put`, each in a transaction of its own."""

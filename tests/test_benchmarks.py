@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import minting
+from benchmarks.bank import prove
 from benchmarks.figures import Line, Report, median, quantile
 from benchmarks.load import check_notes
 from benchmarks.run import PARTS, _chosen
@@ -101,3 +102,38 @@ def test_minting_is_measured_with_and_without_the_other_libraries(capsys: pytest
     assert figures["ids_cap"]["per_s"] > 0
     assert figures["ids_cap"]["waits"] > 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_transfer_that_is_half_done_or_not_as_it_was_told_is_found() -> None:
+    """Each is a violation of its own, in words; what nobody was told of may be either, but whole."""
+    notes = [
+        [
+            "begin a first map 5",
+            "done a",
+            "begin b map vault 3",
+            "not b",
+            "begin c first second 2",
+            "unsure c",
+        ],
+        ["begin d first vault 9", "begin e vault map 1", "done e", "begin f first map 4", "done f"],
+    ]
+    stores = {
+        "first": {"a": -5, "c": -2, "f": -4},
+        "second": {"c": 2},
+        "map": {"a": 5, "f": 4},
+        "vault": {},
+    }
+    violations, looked_at = prove(notes, stores)
+    assert violations == ["e was acknowledged and is nowhere"]
+    assert looked_at["unsure_and_done"] == 1
+    assert looked_at["died"] == 1
+    stores["vault"] = {"b": 3, "g": 1}
+    stores["map"].pop("a")
+    violations, _ = prove(notes, stores)
+    assert sorted(violations) == [
+        "a from first to map is half done: {'first': -5} (done)",
+        "b from map to vault is half done: {'vault': 3} (not)",
+        "e was acknowledged and is nowhere",
+        "the total is -1, not 0",
+        "vault has g, which nobody began",
+    ]
