@@ -95,7 +95,7 @@ class _ServiceBase:
             answer = decode_answer(reply)
         else:
             answer = yield from self._take_part_gen(outer, operation, payload)
-        if answer.status == Status.RETURNED and type(answer.payload) is bytes:
+        if answer.status in (Status.RETURNED, Status.READ) and type(answer.payload) is bytes:
             return CANONICAL.decode(answer.payload)
         if answer.status == Status.RAISED:
             kind, message = answer.payload
@@ -135,6 +135,7 @@ class _ServiceBase:
             try:
                 answer = decode_answer((yield step))
                 if answer.status != Status.BUSY:
+                    member.expects_read_only = answer.status == Status.READ
                     return answer
             except (CallLost, CallTimeout, Overloaded):
                 # Asked again, it is not done again: the sequence says that it is the same.

@@ -437,12 +437,14 @@ class Transaction(_TransactionBase):
             )
         self._call_hooks("on_abort")
 
-    def enlist(self, resource: Any) -> Any:
+    def enlist(self, resource: Any, *, read_only: bool = False) -> Any:
         """
         Have a registered resource take part: returns the connection to work with until the block ends.
 
         Args:
             resource: As it was given to `Cluster.resource`; or a `coordlib.txn.branches.Branch` of your own.
+            read_only: Nothing will be written to it, which adapters may not find out by themselves. Said wrongly it
+                costs one round more, and nothing else.
 
         Raises:
             UsageError: It is not registered, or it must have been enlisted before others.
@@ -450,11 +452,11 @@ class Transaction(_TransactionBase):
         """
         record = self._cluster._run(self._outermost._name_gen())
         if not hasattr(resource, "begin"):
-            record.enlist(cast(Branch, resource))
+            record.enlist(cast(Branch, resource), expects_read_only=read_only)
             return resource
         bqual = self._branch(record, resource)
         branch = resource.begin(record.gtid, bqual, self._seconds_left(record))
-        record.enlist(branch)
+        record.enlist(branch, expects_read_only=read_only)
         return branch.connection
 
 
@@ -529,11 +531,11 @@ class AsyncTransaction(_TransactionBase):
             )
         self._call_hooks("on_abort")
 
-    async def enlist(self, resource: Any) -> Any:
+    async def enlist(self, resource: Any, *, read_only: bool = False) -> Any:
         """See `Transaction.enlist`. Of a resource with an asynchronous driver, the asynchronous connection."""
         record = await self._cluster._arun(self._outermost._name_gen())
         if not hasattr(resource, "begin"):
-            record.enlist(cast(Branch, resource))
+            record.enlist(cast(Branch, resource), expects_read_only=read_only)
             return resource
         bqual = self._branch(record, resource)
         left = self._seconds_left(record)
@@ -541,7 +543,7 @@ class AsyncTransaction(_TransactionBase):
             branch = await resource.abegin(record.gtid, bqual, left)
         else:
             branch = await asyncio.to_thread(resource.begin, record.gtid, bqual, left)
-        record.enlist(branch)
+        record.enlist(branch, expects_read_only=read_only)
         return branch.connection
 
 

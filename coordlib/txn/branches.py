@@ -136,6 +136,9 @@ class Branch(Protocol):
         bqual: `BranchName.pack` of this branch; distinct among the transaction's branches. `prepare` may append
             evidence to it: what the decision's list of participants holds is read after the vote.
         is_last_resource: It cannot prepare: at most one of a transaction. `prepare` is never called.
+
+    One that can guess at no cost has `seems_read_only: bool`, too, read before the vote. Where only one branch of a
+    transaction does not seem so, the others vote first; a wrong guess costs one round more and nothing else.
     """
 
     @property

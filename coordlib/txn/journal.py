@@ -357,6 +357,10 @@ class JournalBranch:
         self._work = work
         self._reserved: bytes | None = None  # what the handler has reserved, and nobody has let go of
 
+    @property
+    def seems_read_only(self) -> bool:
+        return not getattr(self._work, "notes", True)
+
     def prepare(self) -> Vote:
         try:
             redo = self._journal.handler.prepare(self._work)

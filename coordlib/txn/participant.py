@@ -115,9 +115,9 @@ class Work:
         self._numbers += 1
         return BranchName(resource_tag, self.node_tag, number, self.decider_tag).pack()
 
-    def enlist(self, branch: Branch) -> None:
+    def enlist(self, branch: Branch, *, expects_read_only: bool = False) -> None:
         invariant(self.state is WorkState.ACTIVE, "a branch joined what has promised")
-        self.members.append(LocalMember(branch, self.node))
+        self.members.append(LocalMember(branch, self.node, expects_read_only=expects_read_only))
 
 
 class _Ended:
@@ -277,7 +277,8 @@ class Participants:
             # What it had done so far may be half of it: whoever swallows this error must not commit it.
             work.doomed = f"{wish.operation} raised {type(error).__name__}: {error}"
             return Answer(Status.RAISED, [type(error).__name__, str(error)])
-        return Answer(Status.RETURNED, result)
+        is_reader = all(member.expects_read_only for member in work.members)
+        return Answer(Status.READ if is_reader else Status.RETURNED, result)
 
     def _prepare_gen(self, work: Work) -> OpGen[Answer]:
         if work.doomed or work.is_abort_wanted:

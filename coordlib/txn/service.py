@@ -7,7 +7,7 @@ first number is refused.
 =======  =============================================================  ===================================
 verb     asks                                                           answered with
 =======  =============================================================  ===================================
-CALL     run `operation` in the transaction (gtid empty: without one)   RETURNED, RAISED, REFUSED, BUSY
+CALL     run `operation` in the transaction (gtid empty: without one)   RETURNED, READ, RAISED, REFUSED, BUSY
 PREPARE  vote; `seq` is one more than that of the last call             VOTED, READ_ONLY, NO, REFUSED, BUSY
 COMMIT   commit what was promised                                       ENDED, PENDING, REFUSED, BUSY
 ABORT    roll back, and refuse whatever still comes of it               ENDED, PENDING, REFUSED, BUSY
@@ -58,6 +58,7 @@ class Status(IntEnum):
     NO = 7  # payload: why; it has rolled back
     ENDED = 8  # payload: [[bqual, ...], [[bqual, finish], ...]]: obeyed, and ended otherwise before
     PENDING = 9  # the same; the rest it will do as soon as it can
+    READ = 10  # as RETURNED; and nothing of the branch seems to have written so far
 
 
 class Wish(NamedTuple):

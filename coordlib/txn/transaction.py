@@ -171,9 +171,9 @@ class Transaction:
             )
         self.decider_tag = resource_tag
 
-    def enlist(self, branch: Branch) -> LocalMember:
+    def enlist(self, branch: Branch, *, expects_read_only: bool = False) -> LocalMember:
         """Have a branch of this process take part."""
         invariant(self.state is State.ACTIVE, "a branch joined a transaction that is %s", self.state)
-        member = LocalMember(branch, self.node)
+        member = LocalMember(branch, self.node, expects_read_only=expects_read_only)
         self.members.append(member)
         return member

@@ -111,6 +111,23 @@ def test_a_service_takes_part_in_its_caller_s_transaction(cluster: coordlib.Clus
     assert (counters["two_phase"], counters["log_entries"]) == (1, 1)
 
 
+def test_a_service_that_only_answers_costs_no_entry(cluster: coordlib.Cluster, shelf: Shelf) -> None:
+    """Its answers say that it seems to have read only, so it votes first, and the database commits in one phase."""
+    orders = cluster.resource(Store("orders"))
+    service = cluster.service("shelf")
+    with cluster.transaction() as tx:
+        assert service.add(1, b=2) == 3
+        tx.enlist(orders).append("order")
+    assert (orders.rows, orders.log) == (["order"], ["one-phase"])
+    counters = cluster._coordinator.counters
+    assert (counters["dynamic_one_phase"], counters.get("log_entries", 0)) == (1, 0)
+    with cluster.transaction() as tx:
+        service.add(1, b=2)
+        service.take(1)
+        tx.enlist(orders).append("order")
+    assert (shelf.pieces, len(orders.rows), counters["two_phase"]) == (4, 2, 1)
+
+
 def test_a_service_alone_commits_in_one_phase(cluster: coordlib.Cluster, shelf: Shelf) -> None:
     """No entry in the log; a block that raises rolls it back there."""
     service = cluster.service("shelf")

@@ -438,6 +438,7 @@ class Store:
         self.at = ""  # where the problem arises
         self.ended = threading.Event()
         self.log: list[str] = []
+        self.guesses = False  # whether it notices what reads only
 
     def begin(self, gtid: bytes, bqual: bytes, remaining_s: Any) -> StoreBranch:
         assert remaining_s() > 0
@@ -476,6 +477,10 @@ class StoreBranch:
         self.bqual = bqual
         self.is_last_resource = resource.is_last_resource
         self.connection: list[str] = []
+
+    @property
+    def seems_read_only(self) -> bool:
+        return self.resource.guesses and not self.connection
 
     def _fail(self, where: str) -> None:
         self.resource.log.append(where)
@@ -563,6 +568,40 @@ def test_short_cuts_need_no_entry(cluster: coordlib.Cluster, stores: tuple[Store
     counters = cluster._coordinator.counters
     assert (counters["one_phase"], counters["read_only"]) == (1, 1)
     assert "log_entries" not in counters
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_a_reader_and_a_writer_need_no_entry(
+    cluster: coordlib.Cluster, stores: tuple[Store, Store], is_declared: bool
+) -> None:
+    """Declared, or noticed by the adapter: the reader votes first, and the writer commits in one phase."""
+    orders, billing = stores
+    billing.guesses = not is_declared
+    before = entries(cluster)
+    with cluster.transaction() as tx:
+        tx.enlist(orders).append("order")
+        tx.enlist(billing, read_only=is_declared)
+    assert entries(cluster) == before
+    assert (orders.log, billing.log, orders.rows) == (["one-phase"], ["prepare"], ["order"])
+    assert cluster._coordinator.counters["dynamic_one_phase"] == 1
+
+
+def test_a_reader_that_has_written_all_the_same_costs_a_round(
+    cluster: coordlib.Cluster, stores: tuple[Store, Store]
+) -> None:
+    """What was declared wrongly is committed as what it is; and a reader whose vote is no stops the writer."""
+    orders, billing = stores
+    with cluster.transaction() as tx:
+        tx.enlist(orders).append("order")
+        tx.enlist(billing, read_only=True).append("bill")
+    assert (orders.rows, billing.rows) == (["order"], ["bill"])
+    counters = cluster._coordinator.counters
+    assert (counters["two_phase"], counters["prepare_rounds"]) == (1, 2)
+    billing.at, billing.problem = "prepare", BranchFailed("could not serialize")
+    with pytest.raises(TransactionAborted, match="serialize"), cluster.transaction() as tx:
+        tx.enlist(orders).append("order")
+        tx.enlist(billing, read_only=True)
+    assert orders.rows == ["order"]
 
 
 def test_a_commit_that_was_not_heard_is_told_again_behind_the_caller(

@@ -124,6 +124,18 @@ def test_it_is_a_resource_with_branches(stock: MariaDB, names: Names) -> None:
     branch.rollback()
 
 
+def test_a_branch_seems_to_read_until_a_statement_may_have_written(stock: MariaDB, names: Names) -> None:
+    """A guess from how statements begin; the vote does not rest on it."""
+    branch = _begin(stock, names)
+    assert branch.seems_read_only
+    _sql(branch.connection, "select count(*) from account")
+    assert branch.seems_read_only
+    assert branch.prepare() is Vote.READ_ONLY
+    branch = _written(stock, names)
+    assert not branch.seems_read_only
+    branch.rollback()
+
+
 def test_what_is_prepared_is_committed(stock: MariaDB, names: Names, look: Connection) -> None:
     """Invisible until it is committed, listed while it is prepared, and commit may be repeated."""
     branch = _written(stock, names)

@@ -199,7 +199,7 @@ def ordering(world: Services, names: list[str], until_applied: bool = True) -> O
         member = world.join(name)
         for piece in (b"ab",) if len(names) > 1 else (b"a", b"b"):
             answer = decode_answer((yield member.call("take", piece, world.tx.expires_ms)))
-            if answer.status != Status.RETURNED:
+            if answer.status not in (Status.RETURNED, Status.READ):
                 world.tx.doomed = "a call failed"
     return (yield from commit_gen(world.tx, world.context, until_applied=until_applied))
 
@@ -340,11 +340,11 @@ def test_what_is_forgotten_is_not_begun_again() -> None:
     site.participants = Participants("shelf", b"nt", world.agent, nullcontext(), ended_max=2)
     gtids = [join_gtid(1000 + i, 1, 0) for i in range(4)]
     for gtid in gtids:
-        assert ask(world, wish(Verb.CALL, 1, gtid)).status == Status.RETURNED
+        assert ask(world, wish(Verb.CALL, 1, gtid)).status in (Status.RETURNED, Status.READ)
         assert ask(world, wish(Verb.COMMIT_1P, 2, gtid)).status == Status.ENDED
     for gtid in gtids:
         assert ask(world, wish(Verb.CALL, 1, gtid)).status == Status.REFUSED
-    assert ask(world, wish(Verb.CALL, 1, join_gtid(1004, 1, 0))).status == Status.RETURNED
+    assert ask(world, wish(Verb.CALL, 1, join_gtid(1004, 1, 0))).status in (Status.RETURNED, Status.READ)
 
 
 def test_only_one_thing_of_a_branch_is_under_way(world: Services) -> None:
@@ -362,6 +362,6 @@ def test_only_one_thing_of_a_branch_is_under_way(world: Services) -> None:
 
     answer = run_here(world, site.participants.handle_gen(wish(Verb.CALL, 1), 5000, execute))
     assert [item.status for item in answers] == [Status.BUSY, Status.BUSY]
-    assert answer.status == Status.RETURNED
+    assert answer.status in (Status.RETURNED, Status.READ)
     assert site.participants.works == {}
     assert ask(world, wish(Verb.PREPARE, 2)).status == Status.NO

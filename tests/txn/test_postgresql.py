@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -120,6 +120,68 @@ def test_what_is_prepared_is_rolled_back(
     branch.rollback()
     assert _rows(look) == []
     assert orders.prepared() == []
+
+
+def test_a_branch_seems_to_read_until_a_statement_may_have_written(
+    orders: PostgreSQL, names: Names, look: psycopg.Connection[Any]
+) -> None:
+    """A guess from the tags of answers, anew for each branch on a connection; the vote does not rest on it."""
+    branch = _begin(orders, names)
+    connection = branch.connection
+    assert branch.seems_read_only
+    assert connection.execute("SELECT count(*) FROM account").fetchone() == (0,)
+    assert branch.seems_read_only
+    assert branch.prepare() is Vote.READ_ONLY
+
+    def copy_a_row(connection: psycopg.Connection[Any]) -> None:
+        with connection.cursor().copy("COPY account FROM STDIN") as copy:
+            copy.write(b"b\t1\n")
+
+    writes: list[Callable[[], Any]] = [
+        lambda: branch.connection.execute("INSERT INTO account VALUES ('b', 1)"),
+        lambda: branch.connection.cursor().executemany(
+            "INSERT INTO account VALUES (%s, 1)", [("b",), ("c",)]
+        ),
+        lambda: copy_a_row(branch.connection),
+        lambda: branch.connection.execute("LOCK TABLE account"),
+    ]
+    for write in writes:
+        branch = _begin(orders, names)
+        assert branch.seems_read_only
+        write()
+        assert not branch.seems_read_only
+        branch.rollback()
+    with psycopg.connect(look.info.dsn) as foreign:
+        enlisted = orders.enlist(foreign, names.gtid(), names.bqual("orders"), names.remaining_s)
+        assert not enlisted.seems_read_only  # nobody looks there
+        enlisted.rollback()
+    assert _rows(look) == []
+
+
+def test_an_asynchronous_branch_seems_to_read_until_a_statement_may_have_written(
+    orders: PostgreSQL, names: Names
+) -> None:
+    """The same guess."""
+
+    async def work() -> None:
+        branch = await orders.abegin(names.gtid(), names.bqual("orders"), names.remaining_s)
+        await branch.connection.execute("SELECT 1")
+        assert branch.seems_read_only
+        await branch.connection.execute("INSERT INTO account VALUES ('b', 1)")
+        assert not branch.seems_read_only
+        await branch.arollback()
+        branch = await orders.abegin(names.gtid(), names.bqual("orders"), names.remaining_s)
+        assert branch.seems_read_only
+        await branch.connection.cursor().executemany("INSERT INTO account VALUES (%s, 1)", [("b",)])
+        assert not branch.seems_read_only
+        await branch.arollback()
+        branch = await orders.abegin(names.gtid(), names.bqual("orders"), names.remaining_s)
+        async with branch.connection.cursor().copy("COPY account FROM STDIN") as copy:
+            await copy.write(b"b\t1\n")
+        assert not branch.seems_read_only
+        await branch.arollback()
+
+    asyncio.run(work())
 
 
 def test_one_phase(orders: PostgreSQL, names: Names, look: psycopg.Connection[Any]) -> None:

@@ -71,6 +71,19 @@ def _rows(engine: Engine) -> list[str]:
         return list(session.scalars(select(Order.name).order_by(Order.name)))
 
 
+def test_a_session_with_changes_to_flush_does_not_seem_to_read_only(
+    orders: SQLAlchemy, engine: Engine, names: Names
+) -> None:
+    """The database has not seen them yet. Where nobody looks at the statements, it is taken to write anyway."""
+    with Session(engine, twophase=True) as session:
+        branch = _enlisted(orders, session, names)
+        list(session.scalars(select(Order.name)))
+        assert branch.seems_read_only == (engine.dialect.name != "postgresql")
+        session.add(Order(name="a"))
+        assert not branch.seems_read_only
+        branch.rollback()
+
+
 def test_a_session_is_prepared_and_committed_under_our_name(
     orders: SQLAlchemy, engine: Engine, names: Names
 ) -> None:

@@ -438,6 +438,10 @@ class MariaDBBranch:
     def connection(self) -> _Connection:
         return self._connection
 
+    @property
+    def seems_read_only(self) -> bool:
+        return self._watch.seems_read_only
+
     def prepare(self) -> Vote:
         if not self._conclude():
             self._one_phase()
@@ -601,10 +605,21 @@ class MariaDBBranch:
                 self._resource._idle.give(self._connection)
 
 
+_READS: Final = re.compile(
+    r"\s*(?:SELECT|SHOW|SET|EXPLAIN|DESC|DESCRIBE|VALUES|SAVEPOINT|RELEASE)\b", re.IGNORECASE
+)
+
+
 class _Watch:
-    """Sees the statements of a connection."""
+    """
+    Sees the statements of a connection.
+
+    Attributes:
+        seems_read_only: Every statement so far began like one that reads. One that calls a function which writes does, too.
+    """
 
     def __init__(self, connection: _Connection) -> None:
+        self.seems_read_only = True
         self._connection = connection
         self._query = connection.query
         self._next_result = connection.next_result
@@ -630,7 +645,10 @@ class _Watch:
         except pymysql.MySQLError as exc:
             self._failures.note(exc)
             raise
-        self._failures.statement(sql.decode("latin-1") if isinstance(sql, bytes | bytearray) else sql)
+        text = sql.decode("latin-1") if isinstance(sql, bytes | bytearray) else sql
+        self._failures.statement(text)
+        if self.seems_read_only and not _READS.match(text):
+            self.seems_read_only = False
         return result
 
     def _watched_next_result(self, unbuffered: bool = False) -> int:

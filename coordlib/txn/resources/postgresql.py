@@ -45,6 +45,8 @@ from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
+from coordlib.txn.resources import cursors
+
 __all__ = ["AsyncPostgreSQLBranch", "PostgreSQL", "PostgreSQLBranch"]
 
 _Anyhow = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
@@ -236,6 +238,7 @@ class PostgreSQL(ResourceBase):
             except psycopg.OperationalError:
                 await idle.close()
         fresh = await psycopg.AsyncConnection.connect(self._conninfo, **self._parameters)
+        cursors.watch(fresh)
         branch = AsyncPostgreSQLBranch(self, fresh, gtid, bqual, remaining_s, is_ours=True)
         try:
             await arun(branch._begin_gen())
@@ -332,6 +335,7 @@ class PostgreSQL(ResourceBase):
 
     def _connect(self) -> psycopg.Connection[Any]:
         connection = self._new()
+        cursors.watch(connection)
         if self._configure is not None:
             try:
                 self._configure(connection)
@@ -421,6 +425,11 @@ class _Branch:
         """With evidence from the vote on."""
         return self._bqual
 
+    @property
+    def seems_read_only(self) -> bool:
+        """Every statement so far had the tag of one that reads, as far as cursors of ours have seen them."""
+        return not cursors.has_written(self._connection)
+
     # What differs: how to pause, to connect, and to give a connection back.
 
     def _pause(self, seconds: float) -> Any:
@@ -475,6 +484,7 @@ class _Branch:
         yield connection.execute(
             "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in settings.items())
         )
+        cursors.expect_reads(connection)
 
     def _check_gen(self) -> Flow[_Evidence | None]:
         """

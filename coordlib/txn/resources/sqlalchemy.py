@@ -223,6 +223,13 @@ class SQLAlchemyBranch:
 
     # -- asked by the transaction
 
+    @property
+    def seems_read_only(self) -> bool:
+        # What the session has not flushed yet, the database has not seen.
+        session = self.session
+        has_changes = session is not None and bool(session.new or session.dirty or session.deleted)
+        return not has_changes and bool(self._inner.seems_read_only)
+
     def prepare(self) -> Vote:
         vote = self._prepare_with(self._inner.prepare)
         if vote is Vote.READ_ONLY:
