@@ -98,14 +98,14 @@ def obeyed(member: Member, ending: Ending) -> tuple[bytes, ...]:
 class LocalMember:
     """A branch in this process."""
 
-    __slots__ = ("_asynchronous", "_is_asked", "branch", "is_declared_reader", "node", "participants")
+    __slots__ = ("_asynchronous", "_is_asked", "_is_declared_reader", "branch", "node", "participants")
 
     is_remote = False
 
     def __init__(self, branch: Branch, node: str, *, expects_read_only: bool = False) -> None:
         self.branch = branch
         self.node = node
-        self.is_declared_reader = expects_read_only  # by the application
+        self._is_declared_reader = expects_read_only  # by the application
         self.participants: tuple[Participant, ...] = ()
         # Not isinstance(): of a protocol that costs as much as a statement.
         self._asynchronous = cast(AsyncBranch, branch) if hasattr(branch, "aprepare") else None
@@ -117,7 +117,11 @@ class LocalMember:
 
     @property
     def expects_read_only(self) -> bool:
-        return self.is_declared_reader or bool(getattr(self.branch, "seems_read_only", False))
+        return self._is_declared_reader or bool(getattr(self.branch, "seems_read_only", False))
+
+    @expects_read_only.setter
+    def expects_read_only(self, is_declared: bool) -> None:
+        self._is_declared_reader = is_declared
 
     def prepare(self, deadline_ms: int) -> Do:
         self._is_asked = True

@@ -99,7 +99,7 @@ def test_a_reader_and_a_writer_need_no_entry_in_the_log() -> None:
         reader, writer = (world.enlist(store) for store in world.stores)
         member = world.tx.members[0]
         assert isinstance(member, LocalMember)
-        member.is_declared_reader = True
+        member.expects_read_only = True
         result = commit(world, until_applied=True)
         world.settle()
         for name, number in world.counters.items():
