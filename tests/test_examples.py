@@ -47,14 +47,28 @@ def test_every_example_is_tested_here() -> None:
         "asyncio_service.py",
         "client_worker.py",
         "orders_service.py",
+        "placing_orders.py",
         "quickstart.py",
         "test_orders_under_faults.py",
+        "transfer.py",
         "worker_pool.py",
     ]
 
 
 def test_quickstart_needs_nothing() -> None:
     assert "eur = 1.09" in run("quickstart.py")
+
+
+def test_an_order_over_two_services_is_whole_or_nothing() -> None:
+    """One that is placed, one that is refused by the second service, one whose block raises: nothing stays reserved."""
+    assert run("transfer.py").splitlines() == [
+        "before: 5 pieces, 100 of money, 0 orders, 0 reserved",
+        "after o-1: 3 pieces, 60 of money, 1 orders, 0 reserved",
+        "o-2 was refused (vote-no)",
+        "after o-2: 3 pieces, 60 of money, 1 orders, 0 reserved",
+        "o-3: the customer has left",
+        "after o-3: 3 pieces, 60 of money, 1 orders, 0 reserved",
+    ]
 
 
 def test_asyncio_service_never_sells_what_is_not_there() -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,15 +21,15 @@ __all__ = ["Application", "free_endpoints", "program_path"]
 PROGRAM: Final = "orders_service.py"
 
 
-def program_path() -> Path:
+def program_path(name: str = PROGRAM) -> Path:
     """
-    The program in the source tree's examples/, or the copy that was installed with the package.
+    A program in the source tree's examples/, or the copy that was installed with the package.
 
     Raises:
         UsageError: It is in neither place.
     """
     root = Path(coordlib.__file__).resolve().parent.parent
-    path = root / "examples" / PROGRAM
+    path = root / "examples" / name
     if (root / "pyproject.toml").exists() and path.exists():
         return path
     try:
@@ -36,10 +37,10 @@ def program_path() -> Path:
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:
-        if file.name == PROGRAM:
+        if file.name == name:
             return Path(str(file.locate())).resolve()
     raise UsageError(
-        f"the demo's program {PROGRAM} is not installed here: run the demo from the source tree (`make demo`)"
+        f"the demo's program {name} is not installed here: run the demo from the source tree (`make demo`)"
     )
 
 
@@ -57,13 +58,21 @@ def free_endpoints(names: list[str]) -> dict[str, str]:
 
 class Application:
     """
-    One process of the order service.
+    One process of the order service, or of another program in examples/.
 
     It lives no longer than this one: it leaves in good order when its standard input ends, which it does
     when this process ends, however that happens.
     """
 
-    def __init__(self, name: str, environment: dict[str, str], log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        environment: dict[str, str],
+        log_path: Path,
+        *,
+        program: str = PROGRAM,
+        arguments: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self._log_path = log_path
         # The package that runs here is the one that must run there, whatever the working directory is.
@@ -73,7 +82,7 @@ class Application:
         with open(log_path, "ab") as log:
             # A session of its own: Ctrl-C is for the demo alone, which then ends the applications.
             self._process = subprocess.Popen(
-                [sys.executable, str(program_path())],
+                [sys.executable, str(program_path(program)), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

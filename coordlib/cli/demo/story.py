@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final
 
 from coordlib.cli.demo import records
+from coordlib.cli.demo.placing import Placing
 from coordlib.cli.demo.processes import Application, free_endpoints, program_path
 from coordlib.cli.demo.view import View
 from coordlib.config import ClientSettings
@@ -318,6 +319,8 @@ class _Stage:
         writes, counters = self._read_members(acknowledged, exclusion)
         self._show()
         view.event("work has stopped; the proofs follow, from records made outside of coordlib")
+        # What is broken on purpose is not this.
+        half_done = None if self._sabotage else self._place_orders()
         left_over = self._end_applications(LEAVE_SECONDS)
 
         findings = [
@@ -342,6 +345,12 @@ class _Stage:
                 [f"{name} had to be killed" for name in left_over],
             ),
         ]
+        if half_done is not None:
+            claim = "no order over two services is half done"
+            figures = (
+                "the desk killed before the decision, all killed after it, SQLite's process killed with it"
+            )
+            findings.insert(-1, (claim, figures, half_done))
         view.line()
         view.line(f"longest gap without an acknowledged write after kill -9 of the leader: {gap_ms:.0f} ms")
         if exclusion.handed_on_ns:
@@ -360,6 +369,29 @@ class _Stage:
             if len(violations) > FINDINGS_SHOWN_MAX:
                 view.line(f"    ... and {len(violations) - FINDINGS_SHOWN_MAX:,} more")
         return 1 if any(violations for _, _, violations in findings) else 0
+
+    def _place_orders(self) -> list[str]:
+        """The scene of transactions, in the same cluster."""
+        environment = {
+            "COORDLIB_CLUSTER": CLUSTER,
+            "COORDLIB_ENDPOINTS": ",".join(self._endpoints.values()),
+            "COORDLIB_SECRET": self._secret,
+            "COORDLIB_SESSION_TTL": str(SESSION_TTL_SECONDS),
+        }
+        directory = self._directory / "placing"
+        directory.mkdir()
+        with Placing(self._view, environment, directory) as placing:
+            return placing.play(self._read_orders)
+
+    def _read_orders(self, orders: list[str]) -> dict[str, str]:
+        """What the map "orders" has under these keys, as the leader has applied it."""
+        names, found = self._directory / "orders.txt", self._directory / "orders.found"
+        names.write_text("".join(f"orders {order}\n" for order in orders), "utf-8")
+        application = self._applications[self._leader()]
+        application.tell(f"read {names} {found}")
+        application.expect("read", READ_SECONDS)
+        lines = found.read_text("utf-8").splitlines()
+        return {key: value for _, key, value in (line.split() for line in lines)}
 
     def _await_convergence(self) -> None:
         """Until all three have applied the same; what is missing after that time is missing."""

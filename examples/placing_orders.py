@@ -1,0 +1,180 @@
+"""
+An order over two services, in one transaction: what `coordlib demo` starts for its last scene, each in its own process.
+
+    placing_orders.py service NAME     hosts a service that has pieces of something, and a journal for what it promises
+    placing_orders.py desk             places orders over the services "inventory" and "billing", and the map "orders"
+
+Both attach as clients by COORDLIB_ENDPOINTS, COORDLIB_CLUSTER and COORDLIB_SECRET, keep their files in $ORDERS_RECORDS, and end
+with their standard input. A service tells what becomes of its promises; with "hold" on its input it stops in the middle of
+obeying, so that it can be killed there. The desk takes these:
+
+    order ID     begins an order, and stops when everybody has been asked for a promise: "asked"
+    go           lets it go on to the decision: "decided", or "aborted" and why
+    notes ID     the same as "order", with a row in an SQLite database, which cannot promise and so decides
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import coordlib
+from coordlib.txn.branches import PreparedBranch, Vote
+from coordlib.txn.resources import SQLite
+
+PIECES = 100
+TIMEOUT_SECONDS = 60  # long: whoever is in doubt must not wait for that
+
+
+def tell(*words: object) -> None:
+    print(*words, flush=True)
+
+
+class Shelf:
+    """A service without a database: what it has is in a file of its own, what it promised in coordlib's journal."""
+
+    def __init__(self, cluster: coordlib.Cluster, path: Path) -> None:
+        self.cluster = cluster
+        self.path = path
+        self.lock = threading.Lock()
+        self.taken: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+        self.reserved: dict[str, int] = {}
+        self.is_held = False
+
+    # What callers call. It joins their transaction, and leaves a note of what was asked for.
+
+    def take(self, order: str, count: int) -> None:
+        with self.cluster.transaction() as tx:
+            tx.notes["wanted"] = {"order": order, "count": count}
+
+    # How that transaction ends: promise it, then do it or let go of it. Nothing is done twice.
+
+    def prepare(self, tx: Any) -> bytes | None:
+        wanted = tx.notes.get("wanted")
+        if wanted is None:
+            return None
+        with self.lock:
+            if sum(self.taken.values()) + sum(self.reserved.values()) + wanted["count"] > PIECES:
+                raise ValueError("not enough left")
+            self.reserved[wanted["order"]] = wanted["count"]
+        tell("promised", wanted["order"])
+        return json.dumps(wanted).encode()
+
+    def restore(self, redo: bytes) -> None:
+        """After a restart: what was promised before still is."""
+        wanted = json.loads(redo)
+        self.reserved[wanted["order"]] = wanted["count"]
+
+    def commit(self, redo: bytes) -> None:
+        wanted = json.loads(redo)
+        if self.is_held:
+            tell("told", wanted["order"])
+            threading.Event().wait()  # until it is killed
+        with self.lock:
+            self.reserved.pop(wanted["order"], None)
+            self.taken[wanted["order"]] = wanted["count"]
+            new = self.path.with_suffix(".new")
+            new.write_text(json.dumps(self.taken))
+            os.replace(new, self.path)
+        tell("took", wanted["order"])
+
+    def abort(self, redo: bytes) -> None:
+        order = json.loads(redo)["order"]
+        self.reserved.pop(order, None)
+        tell("released", order)
+
+
+class Pause:
+    """Takes part in a transaction only to stop it before its decision: it waits when it is asked to promise."""
+
+    name = "pause"
+    tag = b"pause"
+    bqual = b"pause"
+    is_last_resource = False
+
+    def __init__(self, going_on: queue.SimpleQueue[str]) -> None:
+        self.resource = self
+        self.going_on = going_on
+
+    def prepare(self) -> Vote:
+        tell("asked")
+        self.going_on.get()
+        return Vote.READ_ONLY
+
+    def commit(self) -> None: ...
+
+    def commit_one_phase(self) -> None: ...
+
+    def rollback(self) -> None: ...
+
+    def prepared(self) -> list[PreparedBranch]:
+        return []
+
+    def finish(self, branch: PreparedBranch, commit: bool) -> Any: ...
+
+
+class Desk:
+    def __init__(self, cluster: coordlib.Cluster, directory: Path) -> None:
+        self.cluster = cluster
+        self.going_on: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.notes = cluster.resource(SQLite("notes", str(directory / "notes.db")))
+
+    def place(self, order: str, *, with_notes: bool) -> None:
+        """All of it, or nothing: whoever dies in the middle."""
+        try:
+            with self.cluster.transaction(timeout=TIMEOUT_SECONDS, ack="decided") as tx:
+                if with_notes:
+                    notes = tx.enlist(self.notes)  # first: it will decide for all
+                    notes.execute("CREATE TABLE IF NOT EXISTS notes (number TEXT PRIMARY KEY)")
+                    notes.execute("INSERT INTO notes VALUES (?)", (order,))
+                else:
+                    self.cluster.map("orders")[order] = "placed"
+                self.cluster.service("inventory").take(order, 1)
+                self.cluster.service("billing").take(order, 10)
+                tx.enlist(Pause(self.going_on))
+        except coordlib.TransactionAborted as error:
+            tell("aborted", error.reason)
+        else:
+            tell("decided")
+
+
+def main() -> int:
+    role, *rest = sys.argv[1:]
+    directory = Path(os.environ.get("ORDERS_RECORDS", "records"), *rest or ["desk"])
+    directory.mkdir(parents=True, exist_ok=True)
+    cluster = coordlib.connect(
+        os.environ["COORDLIB_ENDPOINTS"],
+        cluster=os.environ["COORDLIB_CLUSTER"],
+        secret=os.environ["COORDLIB_SECRET"],
+        session_ttl=float(os.environ.get("COORDLIB_SESSION_TTL", "10")),
+        name="-".join([role, *rest]),
+    )
+    with cluster:
+        if role == "service":
+            shelf = Shelf(cluster, directory / "taken.json")
+            cluster.participant(rest[0], directory=directory)(shelf)
+        else:
+            desk = Desk(cluster, directory)
+        tell("open")
+        for line in sys.stdin:
+            command, *words = line.split()
+            if command == "hold":
+                shelf.is_held = True
+                tell("holding")
+            elif command == "go":
+                desk.going_on.put("go")
+            else:
+                is_noted = command == "notes"
+                threading.Thread(
+                    target=desk.place, args=words, kwargs={"with_notes": is_noted}, daemon=True
+                ).start()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
