@@ -79,6 +79,7 @@ class _ServiceBase:
             raise UsageError(f"the name of a service is a str of 1 to 255 characters; got {name!r}")
         self._cluster = cluster
         self._name = name
+        self._calls = 0
 
     def __repr__(self) -> str:
         return f"<coordlib.{type(self).__name__} {self._name!r}>"
@@ -89,10 +90,10 @@ class _ServiceBase:
         outer = None if found is None or found._cluster is not self._cluster else found._outermost
         if outer is None:
             by = monotonic_ms() + self._cluster._request_timeout_ms
-            target = yield from self._target_gen(0, by)
-            wish = Wish(Verb.CALL, self._name, operation=operation, payload=payload)
-            reply = yield Step(RequestKind.CALL, wish.encode(), by, target=target)
-            answer = decode_answer(reply)
+            self._calls += 1
+            targets = yield from self._targets_gen(self._calls, by)
+            body = Wish(Verb.CALL, self._name, operation=operation, payload=payload).encode()
+            answer = decode_answer((yield from self._first_gen(targets, body, by)))
         else:
             answer = yield from self._take_part_gen(outer, operation, payload)
         if answer.status in (Status.RETURNED, Status.READ) and type(answer.payload) is bytes:
@@ -102,13 +103,25 @@ class _ServiceBase:
             raise ServiceError(f"{self._name}.{operation} raised {kind}: {message}", type_name=str(kind))
         raise ServiceUnreachable(f"service {self._name!r} refused the call: {answer.payload}")
 
-    def _target_gen(self, choice: int, by: int) -> OpGen[int]:
+    def _targets_gen(self, choice: int, by: int) -> OpGen[list[int]]:
+        """The sessions of all replicas, in the order in which they are to be tried."""
         reply = yield Step(RequestKind.QUERY, commands.query_services(self._name), by)
         rows, _ = commands.decode_reply(reply)
         if not rows:
             raise ServiceUnreachable(f"nobody hosts service {self._name!r} at present")
-        session: int = rows[choice % len(rows)][1]
-        return session
+        first = choice % len(rows)
+        return [row[1] for row in (*rows[first:], *rows[:first])]
+
+    def _first_gen(self, targets: list[int], body: bytes, by: int) -> OpGen[bytes]:
+        """Call the first replica that can be reached: one that died is registered until its session ends."""
+        for target in targets[:-1]:
+            try:
+                reply: bytes = yield Step(RequestKind.CALL, body, by, target=target)
+                return reply
+            except ServiceUnreachable:
+                pass  # certainly not delivered
+        reply = yield Step(RequestKind.CALL, body, by, target=targets[-1])
+        return reply
 
     def _take_part_gen(self, outer: _TransactionBase, operation: str, payload: bytes) -> OpGen[Answer]:
         if isinstance(outer, JoinedTransaction):
@@ -117,28 +130,48 @@ class _ServiceBase:
             )
         record = yield from outer._name_gen()
         member = outer._services.get(self._name)
-        if member is None:
-            number = len(outer._services)
-            if number >= BRANCHES_MAX // 4:
-                raise UsageError("a transaction calls 16 services at most")
-            choice = int.from_bytes(record.gtid[-2:], "big")
-            target = yield from self._target_gen(choice, record.expires_ms)
+        if member is not None:
+            return (yield from self._ask_gen(record, member, operation, payload))
+        number = len(outer._services)
+        if number >= BRANCHES_MAX // 4:
+            raise UsageError("a transaction calls 16 services at most")
+        choice = int.from_bytes(record.gtid[-2:], "big")
+        targets = yield from self._targets_gen(choice, record.expires_ms)
+        while True:
             if self._name in outer._services:
                 raise UsageError("a transaction is for one thread or task at a time")
+            target = targets.pop(0)
             member = RemoteMember(
                 self._name, target, record.gtid, number, record.deadline_ms, record.decider_tag
             )
             outer._services[self._name] = member
             record.members.append(member)
+            try:
+                return (yield from self._ask_gen(record, member, operation, payload))
+            except ServiceUnreachable:
+                if not targets or record.doomed:
+                    raise
+                # Certainly not delivered: it takes no part, and another replica can.
+                record.members.remove(member)
+                del outer._services[self._name]
+
+    def _ask_gen(self, record: Record, member: RemoteMember, operation: str, payload: bytes) -> OpGen[Answer]:
         step = member.call(operation, payload, record.expires_ms)
+        is_lost = False
         while True:
             try:
                 answer = decode_answer((yield step))
                 if answer.status != Status.BUSY:
                     member.expects_read_only = answer.status == Status.READ
                     return answer
+                is_lost = True  # it runs there; its answer has yet to come
+            except ServiceUnreachable:
+                if is_lost:
+                    record.doomed = f"the answer to {self._name}.{operation} was lost"
+                raise
             except (CallLost, CallTimeout, Overloaded):
                 # Asked again, it is not done again: the sequence says that it is the same.
+                is_lost = True
                 if monotonic_ms() + RETRY_SECONDS * 1000 >= record.expires_ms:
                     record.doomed = f"the answer to {self._name}.{operation} was lost"
                     raise

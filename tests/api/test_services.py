@@ -18,7 +18,11 @@ from coordlib.errors import (
     TransactionAborted,
     UsageError,
 )
+from coordlib.machine import commands
+from coordlib.node.clock import monotonic_ms
+from coordlib.node.operations import OpGen, Step
 from coordlib.txn.branches import BranchFailed
+from coordlib.wire.messages import RequestKind
 from tests.api.conftest import Trio
 from tests.api.test_transactions import LastStore, Store
 
@@ -219,6 +223,29 @@ def test_services_of_other_processes_take_part(make_trio: Callable[..., Trio], t
         assert (shelf.pieces, till.pieces, shelf.reserved, till.reserved) == (3, 2, 0, 0)
     with pytest.raises(ServiceUnreachable):
         caller.service("till").add(1, b=1)
+
+
+def test_a_replica_that_is_gone_but_still_registered_is_passed_over(make_trio: Callable[..., Trio]) -> None:
+    """In a transaction and without one: what was certainly not delivered goes to another replica."""
+    trio = make_trio()
+    caller, host, ghost = trio.nodes.values()
+    shelf = Shelf(host, pieces=50)
+    host.participant("shelf")(shelf)
+
+    def register() -> OpGen[None]:
+        yield Step(RequestKind.COMMAND, commands.service_register("shelf", "ghost"), monotonic_ms() + 10_000)
+
+    ghost._run(register())  # and takes no calls: as one that was killed, until its session ends
+    service = caller.service("shelf")
+    for number in range(4):
+        assert service.add(number, b=1) == number + 1
+        with caller.transaction():
+            service.take(1)
+            service.take(1)
+    assert (shelf.pieces, shelf.reserved) == (42, 0)
+    with pytest.raises(ServiceUnreachable), caller.transaction():
+        host.close()
+        service.take(1)
 
 
 def test_who_is_in_doubt_asks_the_process_that_has_the_last_resource(make_trio: Callable[..., Trio]) -> None:
