@@ -139,6 +139,8 @@ class Desk:
                 tx.enlist(Pause(self.going_on))
         except coordlib.TransactionAborted as error:
             tell("aborted", error.reason)
+        except coordlib.CoordError as error:
+            tell("failed", error)
         else:
             tell("decided")
 

@@ -41,7 +41,11 @@ def play(directory: Path, *arguments: str) -> tuple[int, str]:
 
 def processes_of(out: str) -> list[int]:
     """The process ids of all applications that the demo told of."""
-    return [int(line.split("process ")[1].split()[0].rstrip(",")) for line in out.splitlines() if ": process " in line]
+    return [
+        int(line.split("process ")[1].split()[0].rstrip(","))
+        for line in out.splitlines()
+        if ": process " in line
+    ]
 
 
 def is_alive(pid: int) -> bool:
