@@ -32,7 +32,7 @@ from coordlib.config import (
     load_file,
     milliseconds,
 )
-from coordlib.errors import ConfigError, FlavourError, ForkedError, UsageError
+from coordlib.errors import ConfigError, FlavourError, ForkedError, NoQuorum, UsageError
 from coordlib.ids.layout import DEFAULT, Layout
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.driver import ClientDriver, Driver, MemberDriver
@@ -137,13 +137,12 @@ class _Handle:
         if isolation == "process":
             if settings.data_dir is None or transport != "zmq":
                 raise ConfigError("isolation='process' needs a data_dir and transport='zmq'")
-            self._setup(lambda: ProcessDriver(settings), timing, name)
+            self._setup(lambda: ProcessDriver(settings), timing)
         else:
-            self._setup(lambda: MemberDriver(settings, lambda: _storage_of(settings)), timing, name)
+            self._setup(lambda: MemberDriver(settings, lambda: _storage_of(settings)), timing)
         self._data_dir = settings.data_dir
 
-    def _setup(self, make_driver: Callable[[], Driver], timing: Timing, cluster_name: str) -> None:
-        self._cluster_name = cluster_name
+    def _setup(self, make_driver: Callable[[], Driver], timing: Timing) -> None:
         self._make_driver = make_driver
         self._request_timeout_ms = timing.request_timeout_ms
         self._driver: Driver | None = None
@@ -158,10 +157,10 @@ class _Handle:
         self._generators: dict[str, Any] = {}  # of ids, by name; all of them of this handle's flavour
 
     @classmethod
-    def _of(cls, make_driver: Callable[[], Driver], timing: Timing, cluster_name: str = "local") -> Self:
+    def _of(cls, make_driver: Callable[[], Driver], timing: Timing, *, is_local: bool = False) -> Self:
         self = cls.__new__(cls)
-        self._setup(make_driver, timing, cluster_name)
-        self._is_local = cluster_name == "local"
+        self._setup(make_driver, timing)
+        self._is_local = is_local
         return self
 
     @classmethod
@@ -275,11 +274,21 @@ class _Handle:
     def _register(self, resource: R) -> R:
         self._engine  # noqa: B018  # raises if the handle cannot be used
         if hasattr(resource, "open"):
-            resource.open(cluster_tag(self._cluster_name))
+            resource.open(cluster_tag(self._cluster_uuid()))
         self._coordinator.register(resource)
         if isinstance(resource, DecidingResource):
             self._hosting().answer_for(resource)
         return resource
+
+    def _cluster_uuid(self) -> bytes:
+        """
+        Raises:
+            NoQuorum: No member has said yet which cluster it is.
+        """
+        found = self._driver_for_calls.cluster_uuid
+        if not found:
+            raise NoQuorum("no member has said yet to which cluster it belongs; try again")
+        return found
 
     def _hosting(self) -> Host:
         self._coordinator  # noqa: B018  # made before the lock is taken
@@ -612,7 +621,7 @@ class AsyncCluster(_Handle):
     def local(cls) -> Self:
         """One process, nothing to configure: see `coordlib.local`."""
         make_driver, timing = _local_driver()
-        return cls._of(make_driver, timing)
+        return cls._of(make_driver, timing, is_local=True)
 
     async def _arun(self, operation: OpGen[T]) -> T:
         return await arun(self._engine, operation)
@@ -825,7 +834,7 @@ def connect(
     made = _client_driver(
         endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, drift_bound, name
     )
-    return Cluster._of(*made, cluster)
+    return Cluster._of(*made)
 
 
 def connect_async(
@@ -844,7 +853,7 @@ def connect_async(
     made = _client_driver(
         endpoints, cluster, secret, transport, session_ttl, request_timeout, start_timeout, drift_bound, name
     )
-    return AsyncCluster._of(*made, cluster)
+    return AsyncCluster._of(*made)
 
 
 def _local_driver() -> tuple[Callable[[], Driver], Timing]:
@@ -867,4 +876,4 @@ def local() -> Cluster:
 
     The same code as a real member, on a memory store and a memory transport.
     """
-    return Cluster._of(*_local_driver())
+    return Cluster._of(*_local_driver(), is_local=True)

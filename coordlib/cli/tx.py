@@ -84,13 +84,17 @@ class _Tool:
     def __init__(self, arguments: argparse.Namespace) -> None:
         settings = client_settings(arguments, f"tx-{os.getpid()}")
         self.cluster = Cluster._of(lambda: ClientDriver(settings), settings.timing)
-        self.tag = cluster_tag(settings.cluster)
         self.who = f"{_user()} by coordlib tx"
         self._timeout_ms = settings.timing.request_timeout_ms
 
     def __enter__(self) -> _Tool:
         self.cluster.start()
         return self
+
+    @property
+    def tag(self) -> bytes:
+        """Of this cluster's branches in databases."""
+        return cluster_tag(self.cluster._cluster_uuid())
 
     def __exit__(self, *_: object) -> None:
         self.cluster.close()

@@ -64,6 +64,7 @@ class ClientKernel:
         self._close_deadline = _NEVER
         self._now = now
         self.counters: dict[str, int] = {"leader_changes": 0}
+        self.cluster_uuid = b""  # as the members say
 
     @property
     def leader(self) -> str:
@@ -110,6 +111,7 @@ class ClientKernel:
                     self._follow(hint, now)
             elif isinstance(message, LeaderInfo):
                 self.wanted_endpoints = dict(message.endpoints)
+                self.cluster_uuid = message.cluster_uuid or self.cluster_uuid
                 if message.term >= self._term and message.leader:
                     if (message.term, message.leader) != (self._term, self._leader):
                         self.counters["leader_changes"] += 1
@@ -233,6 +235,7 @@ class ClientKernel:
         return {
             "node": self.node_id,
             "is_client": True,
+            "cluster_uuid": self.cluster_uuid.hex(),
             "leader": self._leader,
             "term": self._term,
             "connected": self.connected,

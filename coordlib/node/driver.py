@@ -424,6 +424,12 @@ class Driver:
         if kernel is not None:
             kernel.session.view.state = SessionState.LOST
 
+    @property
+    def cluster_uuid(self) -> bytes:
+        """Of the cluster that the node belongs to; empty while that is not known."""
+        kernel = self._kernel
+        return b"" if kernel is None else kernel.cluster_uuid
+
     def stats(self, timeout_seconds: float = 5.0) -> dict[str, Any]:
         """The kernel's status with the wire's counters."""
 

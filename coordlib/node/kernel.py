@@ -421,7 +421,12 @@ class MemberKernel:
 
     def _leader_info(self) -> LeaderInfo:
         term = self.raft.term if self.raft is not None else 0
-        return LeaderInfo(term, self.leader, tuple(sorted(self._members.items())))
+        return LeaderInfo(term, self.leader, tuple(sorted(self._members.items())), self.cluster_uuid)
+
+    @property
+    def cluster_uuid(self) -> bytes:
+        """Of this cluster and no other, whatever its name, for as long as it lives; empty before it is formed."""
+        return self.peers.identity.cluster_uuid
 
     # -- input from the application ------------------------------------------------------------------------
 

@@ -122,9 +122,9 @@ def _tag(kind: str, name: str, size: int) -> bytes:
     return hashlib.sha256(f"coordlib {kind}\0{name}".encode()).digest()[:size]
 
 
-def cluster_tag(name: str) -> bytes:
-    """5 bytes that tell one cluster's branches from another's in a database that both use."""
-    return _tag("cluster", name, TAG_SIZE)
+def cluster_tag(uuid: bytes) -> bytes:
+    """5 bytes of a cluster's identity, that tell its branches from others' in a database that both use."""
+    return hashlib.sha256(b"coordlib cluster\0" + uuid).digest()[:TAG_SIZE]
 
 
 def resource_tag(name: str) -> bytes:

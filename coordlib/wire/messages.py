@@ -92,6 +92,7 @@ class LeaderInfo(NamedTuple):
     term: int
     leader: str  # "" = none known
     endpoints: tuple[tuple[str, str], ...]  # (node id, endpoint) of every member
+    cluster_uuid: bytes  # empty: the sender belongs to no cluster yet
 
 
 class Announce(NamedTuple):

@@ -123,6 +123,7 @@ LIMITS: dict[tuple[str, str], int] = {
     ("LeaderInfo", "leader"): _NAME_MAX,
     ("LeaderInfo", "endpoints"): _MEMBERS_MAX,
     ("LeaderInfo", "endpoints[]"): 1024,
+    ("LeaderInfo", "cluster_uuid"): 64,
     ("Announce", "cluster_uuid"): 64,
     ("Announce", "disk_id"): 64,
     ("Announce", "members_digest"): 64,

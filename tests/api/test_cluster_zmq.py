@@ -70,8 +70,12 @@ def test_the_whole_cluster_restarts_from_its_disks(trio: Trio) -> None:
     with trio.nodes["n2"].lock("a") as grant:
         token = grant.token
     names = list(trio.nodes)
+    with trio.connect() as client:
+        uuids = {node._cluster_uuid() for node in (*trio.nodes.values(), client)}
     trio.close()
     trio.start_together(names)
+    assert {node._cluster_uuid() for node in trio.nodes.values()} == uuids  # one, for its whole life
+    assert len(uuids) == 1
     assert trio.nodes["n3"].map("m")["k"] == "kept"
     with trio.nodes["n1"].lock("a") as grant:
         assert grant.token > token

@@ -27,7 +27,7 @@ from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import OpGen, Step
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, Finish, PreparedBranch, Vote
-from coordlib.txn.gtid import BranchName, join_gtid, resource_tag
+from coordlib.txn.gtid import BranchName, cluster_tag, join_gtid, resource_tag
 from coordlib.wire.messages import RequestKind
 
 
@@ -736,6 +736,22 @@ def test_stats_tell_what_is_in_doubt_and_since_when(cluster: coordlib.Cluster) -
 def _resolve(gtid: bytes) -> OpGen[bytes]:
     reply: bytes = yield Step(RequestKind.COMMAND, commands.tx_resolve(gtid), monotonic_ms() + 10_000)
     return reply
+
+
+def test_clusters_of_one_name_do_not_know_each_other_s_branches(cluster: coordlib.Cluster) -> None:
+    """What branches are called by comes from the cluster's identity, which every cluster has for itself."""
+    tags: list[bytes] = []
+
+    class Opened(Store):
+        def open(self, tag: bytes) -> None:
+            tags.append(tag)
+
+    cluster.resource(Opened("orders"))
+    cluster.resource(Opened("bills"))
+    with coordlib.local() as other:
+        other.resource(Opened("orders"))
+        uuid = bytes.fromhex(other.stats()["cluster_uuid"])
+    assert tags[0] == tags[1] != tags[2] == cluster_tag(uuid)
 
 
 def test_a_resource_that_is_not_registered_is_refused(cluster: coordlib.Cluster) -> None:

@@ -99,7 +99,7 @@ def test_a_branch_is_shown_with_what_ends_it_in_its_database(
     """Found by the transaction's name, and by the name that it has in PostgreSQL; the statements are exact."""
     gtid, bqual = shop.gtid(), shop.bqual(1)
     shop.commit(gtid, bqual)
-    gid = postgresql_gid(cluster_tag("shop"), gtid, bqual)
+    gid = postgresql_gid(cluster_tag(shop.cluster._cluster_uuid()), gtid, bqual)
     for name in (gtid.hex(), gid):
         assert main(["tx", "show", name]) == 0
         out = told(capsys)
@@ -181,7 +181,7 @@ def test_a_branch_of_a_last_resource_is_never_decided_in_the_log(
 ) -> None:
     """Its last resource may have committed: what people do is recorded, the log's own outcome stays open."""
     gtid, bqual = shop.gtid(), shop.bqual(1, resource_tag("notes"))
-    gid = postgresql_gid(cluster_tag("shop"), gtid, bqual)
+    gid = postgresql_gid(cluster_tag(shop.cluster._cluster_uuid()), gtid, bqual)
     assert main(["tx", "show", gid]) == 0
     assert "last resource" in told(capsys)
     assert main(["tx", "resolve", gid, "--commit", "--force"]) == 0

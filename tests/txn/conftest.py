@@ -47,7 +47,7 @@ class Names:
     _minter = GtidMinter()  # the servers see all tests' names, and no name comes twice
 
     def __init__(self) -> None:
-        self.cluster = cluster_tag("shop")
+        self.cluster = cluster_tag(b"shop")
         self.remaining = 30.0
 
     def gtid(self) -> bytes:

@@ -88,7 +88,7 @@ def test_a_flag_without_its_field_is_no_bqual() -> None:
 @given(text=st.text(max_size=60))
 def test_foreign_names_are_not_ours(text: str) -> None:
     """Whatever others keep in the same database is left alone."""
-    cluster = names.cluster_tag("shop")
+    cluster = names.cluster_tag(b"shop")
     assert names.parse_gtrid(cluster, text) is None
     assert names.parse_postgresql_gid(cluster, text) is None
     assert names.parse_postgresql_gid(cluster, f"1129271876_{text}_{text}") is None
@@ -102,7 +102,7 @@ def test_a_name_that_is_not_canonical_is_not_ours(gtrid: str) -> None:
 
 def test_the_names_never_change() -> None:
     """They are in databases' logs: a new version must find what an old one has prepared."""
-    cluster, resource = names.cluster_tag("shop"), names.resource_tag("orders")
+    cluster, resource = names.cluster_tag(b"shop"), names.resource_tag("orders")
     gtid = names.join_gtid(1_700_000_000_123, 42, 3)
     assert gtid.hex() == "018bcfe5687b000000000000002a0003"
     bqual = BranchName(resource, names.node_tag("n1"), 1).pack()

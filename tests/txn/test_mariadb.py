@@ -381,7 +381,7 @@ def test_only_ours_are_found(options: dict[str, Any], stock: MariaDB, names: Nam
     ours = _written(stock, names, "ours")
     ours.prepare()
     foreign: list[tuple[MariaDB, MariaDBBranch]] = []
-    for resource, cluster in (("stock", cluster_tag("other")), ("orders", names.cluster)):
+    for resource, cluster in (("stock", cluster_tag(b"other")), ("orders", names.cluster)):
         other = MariaDB(resource, **options)
         other.open(cluster)
         branch = other.begin(names.gtid(), names.bqual(resource), names.remaining_s)

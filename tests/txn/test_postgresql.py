@@ -422,7 +422,7 @@ def test_only_ours_are_found(orders: PostgreSQL, names: Names, look: psycopg.Con
     ours = _written(orders, names, "ours")
     ours.prepare()
     foreign = []
-    for resource, cluster in (("orders", cluster_tag("other")), ("stock", names.cluster)):
+    for resource, cluster in (("orders", cluster_tag(b"other")), ("stock", names.cluster)):
         other = PostgreSQL(resource, orders._conninfo, is_durable=False)
         other.open(cluster)
         branch = other.begin(names.gtid(), names.bqual(resource), names.remaining_s)

@@ -70,7 +70,7 @@ EXAMPLES: list[Message] = [
     TimeoutNow(INT_MAX),
     Requests((Request(1, RequestKind.COMMAND, 44, 5, 4, b"op"), Request(2, RequestKind.QUERY, 0, 0, 0, b""))),
     Replies((Reply(1, ReplyStatus.OK, b"reply"),)),
-    LeaderInfo(3, "a", (("a", "tcp://10.0.0.1:7400"), ("b", "tcp://10.0.0.2:7400"))),
+    LeaderInfo(3, "a", (("a", "tcp://10.0.0.1:7400"), ("b", "tcp://10.0.0.2:7400")), b"u" * 16),
     StatusQuery(9),
     StatusReply(9, b"\xa0"),
     Refusal("wiped-disk", "This node's disk was wiped: remove it from the cluster, then add it again."),
@@ -323,9 +323,10 @@ def longer(where: tuple[str, str], by: int) -> Message:
         ("Requests", "requests"): lambda: Requests((Request(1, 1, 1, 1, 1, b""),) * size),
         ("Reply", "body"): lambda: Replies((Reply(1, 0, bytes(size)),)),
         ("Replies", "replies"): lambda: Replies((Reply(1, 0, b""),) * size),
-        ("LeaderInfo", "leader"): lambda: LeaderInfo(1, "n" * size, ()),
-        ("LeaderInfo", "endpoints"): lambda: LeaderInfo(1, "", (("n", "e"),) * size),
-        ("LeaderInfo", "endpoints[]"): lambda: LeaderInfo(1, "", (("n", "e" * size),)),
+        ("LeaderInfo", "leader"): lambda: LeaderInfo(1, "n" * size, (), b""),
+        ("LeaderInfo", "endpoints"): lambda: LeaderInfo(1, "", (("n", "e"),) * size, b""),
+        ("LeaderInfo", "endpoints[]"): lambda: LeaderInfo(1, "", (("n", "e" * size),), b""),
+        ("LeaderInfo", "cluster_uuid"): lambda: LeaderInfo(1, "", (), b"u" * size),
         ("Announce", "cluster_uuid"): lambda: Announce(
             bytes(size), b"", b"", False, 1, 1, 1, (), 0, 0, False
         ),

@@ -220,6 +220,10 @@ class _Life:
             watch = self._watches[loop] = LoopWatch()
         return watch
 
+    @property
+    def cluster_uuid(self) -> bytes:
+        return self._process.kernel.cluster_uuid
+
     def stats(self) -> dict[str, Any]:
         process = self._process
         return {**process.kernel.status(process.clock()), "wire": dict(process._links.counters)}
@@ -233,12 +237,12 @@ class _Life:
         if inspect.iscoroutinefunction(application._main):
             loop = SimulatedEventLoop(self._scheduler)
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                result = runner.run(self._amain(AsyncCluster._of(self._driver, timing)))
+                result = runner.run(self._amain(AsyncCluster._of(self._driver, timing, is_local=True)))
             forgotten = loop.forgotten_failure()
             if forgotten is not None:
                 raise forgotten
         else:
-            cluster = Cluster._of(self._driver, timing)
+            cluster = Cluster._of(self._driver, timing, is_local=True)
             cluster.start()
             result = application._main(cluster, *application._arguments)
         application.result, application.is_done = result, True
