@@ -14,7 +14,7 @@ shapes of commands, they are changed only together with a format version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from coordlib.cbor import encode
@@ -45,6 +45,7 @@ from coordlib.machine.effects import (
 )
 from coordlib.machine.ids import Ids
 from coordlib.machine.kv import CURSOR_IDLE_MS_MAX, Maps
+from coordlib.machine.ledger import packed
 from coordlib.machine.limits import Limits
 from coordlib.machine.locks import Locks
 from coordlib.machine.members import Members
@@ -520,6 +521,10 @@ class Machine:
             self._transactions.heuristics.view(),
             self._services.table.view(),
         ]
+        ledgers = [
+            (Block.TX_FINISHED, self._transactions.finished.blocks()),
+            (Block.TX_ABORTED, self._transactions.aborted.blocks()),
+        ]
         maps: list[tuple[bytes, int, View]] = []
         for name in sorted(self._maps.maps):
             found = self._maps.maps[name]
@@ -548,7 +553,7 @@ class Machine:
             for view in views:
                 view.close()
 
-        return SnapshotSource(_blocks(header, views, maps), close)
+        return SnapshotSource(_blocks(header, views, ledgers, maps), close)
 
     def begin_restore(self) -> SnapshotSink:
         """Begin to replace the state; until `finish` it stays what it is and may be used."""
@@ -635,6 +640,10 @@ class _Restore:
             parts.transactions.horizon_ms, parts.transactions.close_ms = fields
             return 0
         (flat,) = fields
+        if kind is Block.TX_FINISHED:
+            return parts.transactions.finished.load(flat)
+        if kind is Block.TX_ABORTED:
+            return parts.transactions.aborted.load(flat)
         pairs = zip(flat[::2], flat[1::2], strict=True)
         if kind is Block.ENTRIES:
             table = self._table
@@ -681,13 +690,22 @@ _RECORDS = (
 )
 
 
-def _blocks(header: bytes, views: list[View], maps: list[tuple[bytes, int, View]]) -> Iterator[bytes]:
+def _blocks(
+    header: bytes,
+    views: list[View],
+    ledgers: list[tuple[Block, Sequence[bytes]]],
+    maps: list[tuple[bytes, int, View]],
+) -> Iterator[bytes]:
     yield header
     total = 0
     for kind, view in zip(_RECORDS, views, strict=False):
         for count, block in pack_records(kind, view.drain()):
             total += count
             yield block
+    for kind, blocks in ledgers:
+        for count, data in packed(blocks):
+            total += count
+            yield pack_block(kind, data)
     for name, revision, view in maps:
         yield pack_block(Block.MAP, name, revision)
         for count, block in pack_records(Block.ENTRIES, view.drain()):

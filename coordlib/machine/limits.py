@@ -53,12 +53,13 @@ class Limits(NamedTuple):
     id_workers_max: int = 100_000  # ever used, of all generators: beyond it only those used before are leased
     tx_lifetime_ms: int = 600_000  # since the gtid was minted: no transaction is committed later
     tx_retention_ms: int = 86_400_000  # after that, for which it is remembered that it was
-    tx_outcomes_max: int = 200_000  # of each: committed and obeyed, with a participant pending, aborted
+    tx_outcomes_max: int = 200_000  # of each: committed with a participant pending, aborted
     tx_participants_max: int = 64
     tx_conditions_max: int = 4096  # and as many guards
     tx_writes_max: int = 4096  # and as many releases, and branches in one FORGET
     services_max: int = 10_000  # registered, of all sessions
     session_services_max: int = 256
+    tx_finished_max: int = 4_000_000  # committed and obeyed: 24 bytes each. At 100/s they last for 11 hours
 
 
 def exceeded(limit: str, maximum: int, wanted: int) -> QuotaExceeded:

@@ -47,6 +47,8 @@ class Block(IntEnum):
     TX_OUTCOMES = 11  # [key, record, ...]
     TX_HEURISTICS = 12  # [key, record, ...]
     SERVICES = 13  # [key, record, ...]
+    TX_FINISHED = 14  # records of a ledger
+    TX_ABORTED = 15  # records of a ledger
 
 
 class UnknownSnapshot(FatalError):

@@ -15,7 +15,7 @@ Invariants:
 - The record of a committed transaction with a participant that has not obeyed yet is never dropped.
 
 Everything is bounded. When there are too many records, the oldest are dropped at the price of moving the horizon
-(committed) or the close (aborted) forward.
+(committed) or the close (aborted) forward. What is pending is in a table; the rest is packed, in ledgers.
 
 What must not live here: maps and locks (asked for through `Store` and callables), and whoever carries decisions out.
 """
@@ -23,13 +23,14 @@ What must not live here: maps and locks (asked for through `Store` and callables
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush, nsmallest
+from heapq import nsmallest
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from coordlib.cbor import decode, encode
 from coordlib.errors import ConditionFailed, LockLost, QuotaExceeded, UsageError, invariant
 from coordlib.machine.commands import TxStatus
 from coordlib.machine.effects import Effect, Meta
+from coordlib.machine.ledger import Ledger, Line
 from coordlib.machine.limits import ENTRY_OVERHEAD_BYTES, Limits, exceeded
 from coordlib.machine.table import BytesTable, Reclaimer
 
@@ -72,20 +73,25 @@ class _Outcome(NamedTuple):
     pending: list[list[Any]] = []  # [resource, node, branch], of a committed one. Never changed in place.
 
 
+# How an outcome that nothing is pending of is kept. Disk: numbers are part of the snapshot format.
+_REASONS = ("", "", "deadline", "lock-lost", "conflict", "quota", "resolved")  # by kind; 1: by `otherwise`
+_KINDS = {reason: kind for kind, reason in enumerate(_REASONS) if reason}
+
+
 class Transactions:
     """All outcomes that are remembered, and the heuristics."""
 
     __slots__ = (
-        "_aborted",
         "_check_guard",
-        "_finished",
         "_is_alive",
         "_limits",
         "_noted",
         "_pending",
         "_release",
         "_store",
+        "aborted",
         "close_ms",
+        "finished",
         "heuristics",
         "horizon_ms",
         "outcomes",
@@ -106,24 +112,22 @@ class Transactions:
         self._check_guard = check_guard
         self._release = release
         self._is_alive = is_alive
-        self.outcomes = BytesTable(reclaimer)  # gtid -> _Outcome
+        self.outcomes = BytesTable(reclaimer)  # gtid -> _Outcome, with something pending
+        self.finished = Ledger()  # committed, nothing pending
+        self.aborted = Ledger()
         self.heuristics = BytesTable(reclaimer)  # gtid and branch -> outcome, who, log_time, log index
         self.horizon_ms = 0  # of what was minted before, committed outcomes may have been dropped
         self.close_ms = 0  # what was minted before and has no record is not committed any more
         self._noted: dict[bytes, int] = {}  # derived: key of a heuristic -> log index
-        # Derived from the outcomes. The heaps have the oldest first, and no entry that is left over; what is
-        # taken from them depends on what they hold alone.
-        self._aborted: list[bytes] = []
-        self._finished: list[bytes] = []  # committed, nothing pending
-        self._pending: dict[bytes, None] = {}  # committed, something pending
+        self._pending: dict[bytes, None] = {}  # derived: what is in outcomes
 
     @property
     def counters(self) -> dict[str, int]:
         return {
-            "tx_committed": len(self._finished) + len(self._pending),
+            "tx_committed": len(self.finished) + len(self._pending),
             "tx_pending": len(self._pending),
             "tx_pending_since_ms": min(map(_mint_ms, self._pending), default=0),  # in log_time; 0: nothing is
-            "tx_aborted": len(self._aborted),
+            "tx_aborted": len(self.aborted),
             "tx_heuristics": len(self.heuristics),
             "tx_horizon_ms": self.horizon_ms,
         }
@@ -143,7 +147,7 @@ class Transactions:
         """
         _, gtid, _, participants, _, conditions, writes, _, otherwise, _ = args
         _check_participants(gtid, participants)
-        if gtid and gtid in self.outcomes:
+        if gtid and self._recorded(gtid) is not None:
             return
         if self._store.failed_condition(conditions) < 0:
             chosen = writes
@@ -246,23 +250,18 @@ class Transactions:
     def listing(self, args: list[Any]) -> Result:
         _, after, limit, is_only_pending = args
         limit = max(1, min(limit, _ROWS_MAX))
-        if is_only_pending:
-            gtids = nsmallest(limit + 1, [gtid for gtid in self._pending if after is None or gtid > after])
-        else:
-            view = self.outcomes.view()
-            try:
-                gtids = view.keys_after(after, limit + 1)
-            finally:
-                view.close()
+        gtids = nsmallest(limit + 1, [gtid for gtid in self._pending if after is None or gtid > after])
+        if not is_only_pending:
+            gtids += self.finished.after(after, limit + 1) + self.aborted.after(after, limit + 1)
+            gtids = sorted(gtids)[: limit + 1]
         rows: list[Result] = []
         size = 0
         for gtid in gtids[:limit]:
-            record = self.outcomes.get(gtid)
-            assert record is not None
-            size += len(record)
+            outcome = self._recorded(gtid)
+            assert outcome is not None
+            size += _RECORD_BYTES + sum([len(text) + len(node) for text, node, _ in outcome.pending])
             if size > _PAGE_BYTES_MAX and rows:
                 break
-            outcome = _Outcome(*decode(record))
             rows.append((gtid, outcome.status, outcome.reason, outcome.revision, outcome.pending))
         return (0, rows, len(gtids) > len(rows))
 
@@ -279,8 +278,7 @@ class Transactions:
 
     def load(self, gtid: bytes, record: bytes) -> None:
         """Take an outcome of a snapshot."""
-        self.outcomes.put(gtid, record)
-        self._note(gtid, _Outcome(*decode(record)))
+        self._keep(gtid, _Outcome(*decode(record)))
 
     def load_heuristic(self, key: bytes, record: bytes) -> None:
         """Take a heuristic of a snapshot."""
@@ -289,24 +287,20 @@ class Transactions:
 
     def check_invariants(self) -> None:
         """For tests: what is derived agrees with what it is derived from, and nothing contradicts the times."""
-        aborted: list[bytes] = []
-        finished: list[bytes] = []
         pending: list[bytes] = []
         view = self.outcomes.view()
         for gtid, record in view.drain():
             outcome = _Outcome(*decode(record))
-            invariant(
-                outcome.status in (TxStatus.COMMITTED, TxStatus.ABORTED), "status of %r: %r", gtid, outcome
-            )
+            invariant(outcome.status == TxStatus.COMMITTED, "%r is pending and not committed", gtid)
             invariant(outcome.revision > 0, "%r was decided by no command", gtid)
-            if outcome.status == TxStatus.ABORTED:
-                invariant(not outcome.pending, "%r is aborted and has participants pending", gtid)
-                aborted.append(gtid)
-            else:
-                (pending if outcome.pending else finished).append(gtid)
+            invariant(bool(outcome.pending), "%r has nothing pending and is not in the ledger", gtid)
+            pending.append(gtid)
         view.close()
-        invariant(sorted(aborted) == sorted(self._aborted), "index of the aborted differs from the table")
-        invariant(sorted(finished) == sorted(self._finished), "index of the finished differs from the table")
+        gtids = pending + self.finished.check_invariants() + self.aborted.check_invariants()
+        invariant(len(set(gtids)) == len(gtids), "a transaction is recorded twice")
+        for gtid in gtids:
+            found = self._recorded(gtid)
+            invariant(found is not None and found.revision > 0, "%r was decided by no command", gtid)
         invariant(sorted(pending) == sorted(self._pending), "index of the pending differs from the table")
         view = self.heuristics.view()
         noted = {key: decode(record)[3] for key, record in view.drain()}
@@ -314,11 +308,22 @@ class Transactions:
         invariant(noted == self._noted, "index of the heuristics differs from the table")
         invariant(len(noted) <= HEURISTICS_MAX, "too many heuristics: %d", len(noted))
 
+    def _recorded(self, gtid: bytes) -> _Outcome | None:
+        if gtid in self._pending:
+            return _Outcome(*decode(self.outcomes.get(gtid) or b""))
+        line = self.finished.get(gtid)
+        if line is not None:
+            return _Outcome(TxStatus.COMMITTED.value, "", line.revision, line.kind, line.failed)
+        line = self.aborted.get(gtid)
+        if line is not None:
+            return _Outcome(TxStatus.ABORTED.value, _REASONS[line.kind], line.revision, 0, line.failed)
+        return None
+
     def _remembered(self, gtid: bytes, now_ms: int) -> _Outcome | None:
         """What is recorded, or follows from the times; None: not decided."""
-        record = self.outcomes.get(gtid)
-        if record is not None:
-            return _Outcome(*decode(record))
+        outcome = self._recorded(gtid)
+        if outcome is not None:
+            return outcome
         mint_ms = _mint_ms(gtid)
         if mint_ms < self.horizon_ms:
             return _Outcome(TxStatus.UNKNOWN.value, "horizon", 0)
@@ -358,16 +363,18 @@ class Transactions:
         return outcome
 
     def _record(self, gtid: bytes, outcome: _Outcome, now_ms: int) -> None:
-        invariant(gtid not in self.outcomes, "transaction %r would be decided twice", gtid)
-        self.outcomes.put(gtid, encode(tuple(outcome)))
-        self._note(gtid, outcome)
+        invariant(self._recorded(gtid) is None, "transaction %r would be decided twice", gtid)
+        self._keep(gtid, outcome)
         self._tidy(now_ms)
 
-    def _note(self, gtid: bytes, outcome: _Outcome) -> None:
+    def _keep(self, gtid: bytes, outcome: _Outcome) -> None:
         if outcome.pending:
+            self.outcomes.put(gtid, encode(tuple(outcome)))
             self._pending[gtid] = None
+        elif outcome.status == TxStatus.ABORTED:
+            self.aborted.insert(gtid, Line(_KINDS[outcome.reason], outcome.revision, outcome.failed))
         else:
-            heappush(self._aborted if outcome.status == TxStatus.ABORTED else self._finished, gtid)
+            self.finished.insert(gtid, Line(outcome.branch, outcome.revision, outcome.failed))
 
     def _clear(self, gtid: bytes, branch: bytes) -> bool:
         """Have a branch pending no longer; whether it was."""
@@ -379,35 +386,36 @@ class Transactions:
         left = [item for item in outcome.pending if item[2] != branch]
         if len(left) == len(outcome.pending):
             return False
-        self.outcomes.put(gtid, encode(tuple(outcome._replace(pending=left))))
         if not left:
+            self.outcomes.delete(gtid)
             del self._pending[gtid]
-            heappush(self._finished, gtid)
+        self._keep(gtid, outcome._replace(pending=left))
         return True
 
     def _tidy(self, now_ms: int) -> None:
         """Drop a few records that are no longer needed, or too many; the oldest first."""
         limits = self._limits
-        aborted, finished = self._aborted, self._finished
         for _ in range(_DROPPED_MAX):
-            if not aborted:
+            gtid = self.aborted.first()
+            if gtid is None:
                 break
-            mint_ms = _mint_ms(aborted[0])
+            mint_ms = _mint_ms(gtid)
             if now_ms <= mint_ms + limits.tx_lifetime_ms:
-                if len(aborted) <= limits.tx_outcomes_max:
+                if len(self.aborted) <= limits.tx_outcomes_max:
                     break
                 self.close_ms = max(self.close_ms, mint_ms + 1)
-            self.outcomes.delete(heappop(aborted))
+            self.aborted.remove_first()
         for _ in range(_DROPPED_MAX):
-            if not finished:
+            gtid = self.finished.first()
+            if gtid is None:
                 break
-            mint_ms = _mint_ms(finished[0])
+            mint_ms = _mint_ms(gtid)
             is_due = now_ms > mint_ms + limits.tx_lifetime_ms + limits.tx_retention_ms
             # Those that are pending have a limit of their own: many of them must not bring the horizon up to now.
-            if not is_due and len(finished) <= limits.tx_outcomes_max:
+            if not is_due and len(self.finished) <= limits.tx_finished_max:
                 break
             self.horizon_ms = max(self.horizon_ms, mint_ms + 1)
-            self.outcomes.delete(heappop(finished))
+            self.finished.remove_first()
 
 
 def _mint_ms(gtid: bytes) -> int:

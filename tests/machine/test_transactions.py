@@ -329,7 +329,7 @@ def test_what_is_to_be_appended_counts_what_is_pending() -> None:
 
 def test_too_many_with_participants_pending_are_refused() -> None:
     """None of those that are is dropped; others without participants go on."""
-    driver, session = ready(Limits(tx_outcomes_max=3))
+    driver, session = ready(Limits(tx_outcomes_max=3, tx_finished_max=3))
     fill(driver, session, 3)
     operation = commands.tx_decide(minted(counter=1), participants=[X])
     with pytest.raises(QuotaExceeded) as caught:
@@ -511,7 +511,7 @@ def test_a_commit_is_remembered_for_the_retention_and_nothing_is_presumed_after_
 
 def test_a_commit_that_was_not_obeyed_by_all_is_never_forgotten() -> None:
     """However long a participant is away, and however many come after it."""
-    driver, session = ready(Limits(tx_outcomes_max=3))
+    driver, session = ready(Limits(tx_outcomes_max=3, tx_finished_max=3))
     gtid = minted()
     decide(driver, session, gtid, participants=[X, Y])
     driver.run(session, commands.tx_forget([(gtid, b"y")]))
@@ -527,7 +527,7 @@ def test_a_commit_that_was_not_obeyed_by_all_is_never_forgotten() -> None:
 
 def test_of_too_many_commits_the_oldest_are_forgotten_first() -> None:
     """The horizon follows them; a transaction from before it is not committed, and not called aborted."""
-    driver, session = ready(Limits(tx_outcomes_max=3))
+    driver, session = ready(Limits(tx_outcomes_max=3, tx_finished_max=3))
     for number in range(4):
         decide(driver, session, minted(START_MS + number))
     assert driver.machine.counters["tx_committed"] == 3
@@ -539,7 +539,7 @@ def test_of_too_many_commits_the_oldest_are_forgotten_first() -> None:
 
 def test_of_too_many_aborts_the_oldest_are_forgotten_first() -> None:
     """Nothing from before them is committed any more: their outcome stays what it was."""
-    driver, session = ready(Limits(tx_outcomes_max=3))
+    driver, session = ready(Limits(tx_outcomes_max=3, tx_finished_max=3))
     for number in range(4):
         driver.run(session, commands.tx_resolve(minted(START_MS + number)))
     assert driver.machine.counters["tx_aborted"] == 3
@@ -654,7 +654,7 @@ def test_a_page_is_bounded_in_bytes() -> None:
 
 def test_a_restored_machine_remembers_and_forgets_as_the_others_do() -> None:
     """Outcomes, pending ones, heuristics, horizon and close; and goes on alike."""
-    driver, session = ready(Limits(tx_outcomes_max=4))
+    driver, session = ready(Limits(tx_outcomes_max=4, tx_finished_max=4))
     for number in range(30):
         gtid = minted(START_MS - number % 7, counter=number)
         if number % 3:

@@ -20,6 +20,7 @@ LIMITS = Limits(
     tx_lifetime_ms=LIFETIME_MS,
     tx_retention_ms=RETENTION_MS,
     tx_outcomes_max=OUTCOMES_MAX,
+    tx_finished_max=OUTCOMES_MAX,
     tx_participants_max=3,
     maps_max=2,
 )
