@@ -28,6 +28,7 @@ from coordlib.errors import (
     NotStarted,
 )
 from coordlib.node.clock import monotonic_ms
+from coordlib.node.polling import Polled, poll_all
 from coordlib.node.session import Call, SessionView
 from coordlib.node.waiting import AsyncCall, BackgroundCall, LoopWatch, ThreadCall
 from coordlib.wire.messages import RequestKind
@@ -125,15 +126,22 @@ class Do:
     Args:
         call: Blocks, but not for ever: nobody who gives up leaves before it has ended.
         acall: The same as a coroutine, where that is how the I/O is done; cancelled when its task is.
+        polled: The same as `call` without blocking: several are run at once on the thread that asks for them.
     """
 
-    __slots__ = ("acall", "call")
+    __slots__ = ("acall", "call", "polled")
 
     is_detached: ClassVar[bool] = False
 
-    def __init__(self, call: Callable[[], Any], acall: Callable[[], Awaitable[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        acall: Callable[[], Awaitable[Any]] | None = None,
+        polled: Callable[[], Polled[Any]] | None = None,
+    ) -> None:
         self.call = call
         self.acall = acall
+        self.polled = polled
 
 
 class Success(NamedTuple):
@@ -286,11 +294,22 @@ def _run_own(engine: Engine, operation: Do | Together) -> Any:
         each.call = call
         engine.submit(call)
         calls.append((place, each, call))
-    helped = [_helpers.submit(functools.partial(_do, do, place, outcomes)) for place, do in own[1:]]
+    # What is polled shares this thread; of the rest one has it, if there is nothing to be polled.
+    polled = [(place, do.polled()) for place, do in own if do.polled is not None] if len(own) > 1 else []
+    here = [] if polled else own[:1]
+    helped = [
+        _helpers.submit(functools.partial(_do, do, place, outcomes))
+        for place, do in own[len(here) :]
+        if do.polled is None or not polled
+    ]
     interrupt: BaseException | None = None
     try:
-        if own:
-            _do(own[0][1], own[0][0], outcomes)
+        for place, do in here:
+            _do(do, place, outcomes)
+        if polled:
+            answers = poll_all([each for _, each in polled])
+            for (place, _), (value, error) in zip(polled, answers, strict=True):
+                outcomes[place] = Success(value) if error is None else Failure(error)
     except BaseException as error:
         interrupt = error
     for ended in helped:

@@ -19,6 +19,8 @@ from collections.abc import Awaitable
 from enum import Enum
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from coordlib.node.polling import Polled
+
 __all__ = [
     "AsyncBranch",
     "Branch",
@@ -28,6 +30,7 @@ __all__ = [
     "DecidingBranch",
     "DecidingResource",
     "Finish",
+    "PolledBranch",
     "PreparedBranch",
     "Resource",
     "Vote",
@@ -206,3 +209,17 @@ class AsyncBranch(Branch, Protocol):
     def acommit(self) -> Awaitable[None]: ...
 
     def arollback(self) -> Awaitable[None]: ...
+
+
+@runtime_checkable
+class PolledBranch(Branch, Protocol):
+    """
+    A branch whose I/O can be polled: the branches of a transaction share one thread then, and all databases are at work
+    at once. The methods without the prefix do the same and block.
+    """
+
+    def polled_prepare(self) -> Polled[Vote]: ...
+
+    def polled_commit(self) -> Polled[None]: ...
+
+    def polled_rollback(self) -> Polled[None]: ...

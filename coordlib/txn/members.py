@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol, cast
 
 from coordlib.node.operations import Do, Failure, Outcome, Step
 from coordlib.txn.branches import (
-    AsyncBranch,
     Branch,
     BranchFailed,
     BranchHeuristic,
@@ -98,7 +97,7 @@ def obeyed(member: Member, ending: Ending) -> tuple[bytes, ...]:
 class LocalMember:
     """A branch in this process."""
 
-    __slots__ = ("_asynchronous", "_is_asked", "_is_declared_reader", "branch", "node", "participants")
+    __slots__ = ("_is_asked", "_is_declared_reader", "branch", "node", "participants")
 
     is_remote = False
 
@@ -107,8 +106,6 @@ class LocalMember:
         self.node = node
         self._is_declared_reader = expects_read_only  # by the application
         self.participants: tuple[Participant, ...] = ()
-        # Not isinstance(): of a protocol that costs as much as a statement.
-        self._asynchronous = cast(AsyncBranch, branch) if hasattr(branch, "aprepare") else None
         self._is_asked = False  # for a promise, whatever came of it
 
     @property
@@ -125,7 +122,7 @@ class LocalMember:
 
     def prepare(self, deadline_ms: int) -> Do:
         self._is_asked = True
-        return Do(self.branch.prepare, None if self._asynchronous is None else self._asynchronous.aprepare)
+        return self._do("prepare")
 
     def read_vote(self, outcome: Outcome) -> Ballot:
         if isinstance(outcome, Failure):
@@ -136,8 +133,7 @@ class LocalMember:
         return Ballot(self.participants)
 
     def commit_one_phase(self, deadline_ms: int) -> Do:
-        twin = None if self._asynchronous is None else self._asynchronous.acommit_one_phase
-        return Do(self.branch.commit_one_phase, twin)
+        return self._do("commit_one_phase")
 
     def decide(self, gtid: bytes) -> Do:
         """Of a last resource: commit with the marker."""
@@ -151,10 +147,14 @@ class LocalMember:
         return Ballot()
 
     def finish(self, commit: bool, deadline_ms: int) -> Do:
-        branch, twin = self.branch, self._asynchronous
-        if commit:
-            return Do(branch.commit, None if twin is None else twin.acommit)
-        return Do(branch.rollback, None if twin is None else twin.arollback)
+        return self._do("commit" if commit else "rollback")
+
+    def _do(self, what: str) -> Do:
+        # Not by `isinstance`: with protocols that takes as long as some databases do.
+        branch = self.branch
+        return Do(
+            getattr(branch, what), getattr(branch, f"a{what}", None), getattr(branch, f"polled_{what}", None)
+        )
 
     def read_ending(self, commit: bool, outcome: Outcome) -> Ending:
         bqual = self.branch.bqual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from queue import SimpleQueue
 from typing import Any, cast
@@ -26,6 +27,7 @@ from coordlib.node.operations import (
     run,
     start,
 )
+from coordlib.node.polling import READABLE, Polled, Wait
 from coordlib.node.session import Call
 from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.wire.messages import RequestKind
@@ -265,6 +267,34 @@ def test_in_a_task_a_coroutine_is_preferred() -> None:
     do = Do(lambda: "thread", here)
     assert on(Answering(), "task", several([do])) == [Success("coroutine")]
     assert on(Answering(), "thread", several([do])) == [Success("thread")]
+
+
+def test_what_can_be_polled_shares_the_callers_thread(engine: Scripted) -> None:
+    """What blocks beside it has a thread of its own; one alone blocks where it is asked for."""
+    here = threading.get_ident()
+    left, right = socket.socketpair()
+
+    def polled() -> Polled[int]:
+        yield Wait(left.fileno(), READABLE)
+        left.recv(1)
+        return threading.get_ident()
+
+    def fails() -> Polled[None]:
+        raise ValueError("boom")
+        yield
+
+    def wakes() -> int:
+        right.send(b"ab")
+        return threading.get_ident()
+
+    with left, right:
+        kinds = [Do(boom, polled=polled), Do(wakes), Do(boom, polled=fails), Do(boom, polled=polled)]
+        first, other, failed, last = run(cast(Engine, engine), several(kinds))
+    assert first.value == last.value == here
+    assert other.value != here
+    assert isinstance(failed, Failure)
+    alone = Do(threading.get_ident, polled=fails)
+    assert run(cast(Engine, engine), several([alone])) == [Success(here)]
 
 
 def test_an_interrupt_waits_for_what_is_under_way(engine: Scripted) -> None:

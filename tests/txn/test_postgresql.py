@@ -25,6 +25,7 @@ from coordlib.txn.branches import (
     Vote,
 )
 from coordlib.txn.gtid import BranchName, cluster_tag
+from coordlib.txn.resources import postgresql
 from coordlib.txn.resources.common import ResourceBusy
 from coordlib.txn.resources.postgresql import AsyncPostgreSQLBranch, PostgreSQL, PostgreSQLBranch
 from tests.txn.conftest import Names
@@ -565,33 +566,54 @@ class _Cut:
     """Ends a connection's session at a statement: before the server hears it, or after it has obeyed."""
 
     def __init__(
-        self, branch: PostgreSQLBranch, look: psycopg.Connection[Any], at: str, *, obeyed: bool
+        self,
+        branch: PostgreSQLBranch,
+        look: psycopg.Connection[Any],
+        monkeypatch: pytest.MonkeyPatch,
+        at: str,
+        *,
+        obeyed: bool,
     ) -> None:
         connection, pid = branch.connection, _backend(branch)
+        exchange, tpc_commit = postgresql._exchange, connection.tpc_commit
 
         def cut() -> None:
             look.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,))
 
-        original = getattr(connection, at)
-
-        def replaced(*arguments: Any) -> Any:
-            if at == "execute" and not str(arguments[0]).startswith("PREPARE"):
-                return original(*arguments)
+        def exchanged(where: psycopg.Connection[Any], sql: str) -> Any:
+            if where is not connection or not sql.startswith(at):
+                return (yield from exchange(where, sql))
             if obeyed:
-                original(*arguments)
+                yield from exchange(where, sql)
             cut()
-            return psycopg.Connection.execute(connection, "SELECT 1") if obeyed else original(*arguments)
+            return (yield from exchange(where, "SELECT 1" if obeyed else sql))
 
-        setattr(connection, at, replaced)
+        def committed() -> None:
+            if obeyed:
+                tpc_commit()
+            cut()
+            if obeyed:
+                connection.execute("SELECT 1")
+            else:
+                tpc_commit()
+
+        if at == "COMMIT":
+            monkeypatch.setattr(connection, "tpc_commit", committed)
+        else:
+            monkeypatch.setattr(postgresql, "_exchange", exchanged)
 
 
 @pytest.mark.parametrize("obeyed", [True, False])
 def test_a_vote_that_is_lost(
-    orders: PostgreSQL, names: Names, look: psycopg.Connection[Any], obeyed: bool
+    orders: PostgreSQL,
+    names: Names,
+    look: psycopg.Connection[Any],
+    obeyed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It may be prepared: rolling back finds out over another connection, and leaves nothing."""
     branch = _written(orders, names)
-    _Cut(branch, look, "execute", obeyed=obeyed)
+    _Cut(branch, look, monkeypatch, "PREPARE TRANSACTION", obeyed=obeyed)
     with pytest.raises(psycopg.OperationalError):
         branch.prepare()
     assert len(_prepared_named(orders, branch)) == int(obeyed)
@@ -602,11 +624,15 @@ def test_a_vote_that_is_lost(
 
 @pytest.mark.parametrize("obeyed", [True, False])
 def test_a_connection_that_is_lost_during_a_one_phase_commit(
-    orders: PostgreSQL, names: Names, look: psycopg.Connection[Any], obeyed: bool
+    orders: PostgreSQL,
+    names: Names,
+    look: psycopg.Connection[Any],
+    obeyed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server is asked about the transaction's number: committed, or certainly not."""
     branch = _written(orders, names)
-    _Cut(branch, look, "tpc_commit", obeyed=obeyed)
+    _Cut(branch, look, monkeypatch, "COMMIT", obeyed=obeyed)
     if obeyed:
         branch.commit_one_phase()
     else:
@@ -620,7 +646,7 @@ def test_a_one_phase_commit_that_nobody_can_tell(
 ) -> None:
     """Neither committed nor failed is claimed; the message says what to ask the server later."""
     branch = _written(orders, names)
-    _Cut(branch, look, "tpc_commit", obeyed=True)
+    _Cut(branch, look, monkeypatch, "COMMIT", obeyed=True)
 
     def refuse() -> psycopg.Connection[Any]:
         raise psycopg.OperationalError("nobody listens")
@@ -633,12 +659,16 @@ def test_a_one_phase_commit_that_nobody_can_tell(
 
 @pytest.mark.parametrize("obeyed", [True, False])
 def test_a_connection_that_is_lost_during_commit(
-    orders: PostgreSQL, names: Names, look: psycopg.Connection[Any], obeyed: bool
+    orders: PostgreSQL,
+    names: Names,
+    look: psycopg.Connection[Any],
+    obeyed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Asked again, it commits, or finds that it has."""
     branch = _written(orders, names)
     branch.prepare()
-    _Cut(branch, look, "tpc_commit", obeyed=obeyed)
+    _Cut(branch, look, monkeypatch, "COMMIT PREPARED", obeyed=obeyed)
     with pytest.raises(psycopg.OperationalError):
         branch.commit()
     branch.commit()

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Final, Generic, TypeVar
 
 from coordlib.errors import UsageError, invariant
+from coordlib.node.polling import Polled, Wait
 from coordlib.txn.gtid import BranchName, resource_tag
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ResourceBusy",
     "arun",
     "missing_driver",
+    "polled",
     "run",
 ]
 
@@ -26,7 +28,10 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 Flow = Generator[Any, Any, T]
-"""Yields what a driver's method returned: the result where the driver blocks, an awaitable where it does not."""
+"""
+Yields what a driver's method returned: the result where the driver blocks, an awaitable where it does not; or a `Wait`,
+where a blocking driver's connection is polled.
+"""
 
 
 class ResourceBusy(Exception):
@@ -42,6 +47,25 @@ def run(flow: Flow[T]) -> T:
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+
+def polled(flow: Flow[T]) -> Polled[T]:
+    """Run it with a blocking driver that is polled, where it can be: of what it yields, the waits are left to the caller."""
+    step: Callable[[], Any] = lambda: flow.send(None)  # noqa: E731
+    while True:
+        try:
+            value = step()
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        if type(value) is Wait:
+            try:
+                yield value
+            except BaseException as exc:  # an interrupt, too, is for the flow to hear of
+                step = lambda exc=exc: flow.throw(exc)  # type: ignore[misc]  # noqa: E731
+                continue
+            value = None
+        step = lambda value=value: flow.send(value)  # type: ignore[misc]  # noqa: E731
 
 
 async def arun(flow: Flow[T]) -> T:

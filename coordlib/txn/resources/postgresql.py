@@ -21,10 +21,12 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from coordlib.errors import ConfigError, FlavourError, UsageError, invariant
+from coordlib.node.polling import READABLE, WRITABLE, Polled, Wait, poll
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, BranchUnknown, Finish, PreparedBranch, Vote
 from coordlib.txn.gtid import FORMAT_ID, BranchName, parse_postgresql_gid, postgresql_gid, text_of
 from coordlib.txn.resources.common import (
@@ -34,7 +36,7 @@ from coordlib.txn.resources.common import (
     ResourceBusy,
     arun,
     missing_driver,
-    run,
+    polled,
 )
 
 try:
@@ -42,7 +44,8 @@ try:
 except ImportError as exc:  # pragma: no cover - the test environment has it
     raise missing_driver(__name__, "psycopg 3", "postgresql") from exc
 from psycopg import errors as pg
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
+from psycopg.pq.abc import PGresult
 from psycopg.rows import tuple_row
 
 from coordlib.txn.resources import cursors
@@ -51,12 +54,14 @@ __all__ = ["AsyncPostgreSQLBranch", "PostgreSQL", "PostgreSQLBranch"]
 
 _Anyhow = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 _C = TypeVar("_C", bound=_Anyhow)
+_T = TypeVar("_T")
 
 _VERSION_MIN: Final = 130000
 _HAS_TRANSACTION_TIMEOUT: Final = 170000
 _MARK: Final = "coordlib.branch"
 _ASK_S: Final = 5.0  # how long a one-phase commit whose connection broke is asked about, at least
 _ASK_PAUSE_S: Final = 0.05
+_CANCEL_S: Final = 5.0
 _EVIDENCE: Final = struct.Struct(">QII")  # transaction number, system, timeline
 
 # What pg_walfile_name() begins with is the timeline that is written to now; that of pg_control_checkpoint() lags behind
@@ -65,7 +70,7 @@ _TIMELINE: Final = "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
 _SYSTEM: Final = "(SELECT system_identifier::text FROM pg_control_system())"
 _STATE_OF_BRANCH: Final = (
     f"SELECT current_setting('{_MARK}', true), pg_current_xact_id_if_assigned()::text, {_TIMELINE}, "
-    "set_config('statement_timeout', %s, true)"
+    "set_config('statement_timeout', '%d', true)"
 )
 _STATE_OF_SERVER: Final = "SELECT current_setting('max_prepared_transactions')::int, current_setting('fsync')"
 _STATE_OF_CONNECTION: Final = (
@@ -481,8 +486,8 @@ class _Branch:
         if connection.info.server_version >= _HAS_TRANSACTION_TIMEOUT:
             settings["transaction_timeout"] = budget
         # Not SELECT set_config(): after a query the application could no longer choose the isolation level.
-        yield connection.execute(
-            "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in settings.items())
+        yield from _execute(
+            connection, "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in settings.items())
         )
         cursors.expect_reads(connection)
 
@@ -505,12 +510,13 @@ class _Branch:
         }.get(status)
         if problem is None:
             try:
-                row = yield from _query(connection, _STATE_OF_BRANCH, [str(self._budget_ms())])
+                row = (yield from _execute(connection, _STATE_OF_BRANCH % self._budget_ms())).row
             except psycopg.Error as exc:
                 yield from self._undo_gen()
                 raise BranchFailed(f"the branch in {name!r} failed: {_text(exc)}") from exc
             mark, xid, timeline, _ = row
             if mark == self._mark:
+                assert timeline is not None
                 return None if xid is None else _Evidence.of(xid, self._system, timeline)
             problem = "the application ended the transaction itself and began another one on its connection"
         yield from self._undo_gen()
@@ -526,17 +532,15 @@ class _Branch:
         self._take_down(evidence)
         self._state = "preparing"
         try:
-            cursor = yield connection.execute(f"PREPARE TRANSACTION '{self._gid}'")
+            answer = yield from _execute(connection, f"PREPARE TRANSACTION '{self._gid}'")
         except psycopg.Error as exc:
             if connection.closed:
                 raise  # it may be prepared
             yield from self._undo_gen()
             raise BranchFailed(f"{self._resource.name!r} refused to prepare: {_text(exc)}") from exc
-        if cursor.statusmessage != "PREPARE TRANSACTION":
+        if answer.tag != "PREPARE TRANSACTION":
             yield from self._undo_gen()
-            raise BranchFailed(
-                f"{self._resource.name!r} answered {cursor.statusmessage!r} instead of preparing"
-            )
+            raise BranchFailed(f"{self._resource.name!r} answered {answer.tag!r} instead of preparing")
         self._state = "prepared"
         if not self._is_driven:
             # The driver's notion of the transaction ends here: the connection is idle, so this sends nothing.
@@ -676,6 +680,15 @@ class PostgreSQLBranch(_Branch):
     def rollback(self) -> None:
         run(self._rollback_gen())
 
+    def polled_prepare(self) -> Polled[Vote]:
+        return polled(self._prepare_gen())
+
+    def polled_commit(self) -> Polled[None]:
+        return polled(self._commit_gen())
+
+    def polled_rollback(self) -> Polled[None]:
+        return polled(self._rollback_gen())
+
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -731,6 +744,86 @@ class AsyncPostgreSQLBranch(_Branch):
         self._resource._agive(self._connection, asyncio.get_running_loop())
 
 
+class _Answer(NamedTuple):
+    """To the last one of some statements: its tag, and its first row as text."""
+
+    tag: str
+    row: tuple[str | None, ...]
+
+
+def run(flow: Flow[_T]) -> _T:
+    return poll(polled(flow))
+
+
+def _execute(connection: Any, sql: str) -> Flow[_Answer]:
+    """Statements of ours, in the transaction that the connection is in, or in a new one."""
+    if (
+        isinstance(connection, psycopg.Connection)
+        and connection.info.transaction_status is TransactionStatus.INTRANS
+        and connection.info.pipeline_status is PipelineStatus.OFF
+    ):
+        return (yield from _exchange(connection, sql))
+    cursor = connection.cursor(row_factory=tuple_row)
+    yield cursor.execute(sql, prepare=False)
+    row = (yield cursor.fetchone()) if cursor.description is not None else ()
+    return _Answer(cursor.statusmessage, row or ())
+
+
+def _exchange(connection: psycopg.Connection[Any], sql: str) -> Flow[_Answer]:
+    """
+    Send statements past the driver, which begins no transaction then, and wait for the answer without blocking.
+
+    Interrupted, it has the server cancel them, and waits for the end of that; if it is interrupted again, it closes
+    the connection.
+
+    Raises:
+        psycopg.Error: As from the driver.
+    """
+    pgconn = connection.pgconn
+    interrupt: BaseException | None = None
+    results: list[PGresult] = []
+    with connection.lock:
+        pgconn.send_query(sql.encode())
+        try:
+            while pgconn.flush():
+                yield Wait(pgconn.socket, READABLE | WRITABLE)
+                pgconn.consume_input()
+            while True:
+                while pgconn.is_busy():
+                    try:
+                        yield Wait(pgconn.socket, READABLE)
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        if interrupt is not None:
+                            raise
+                        interrupt = error
+                        with suppress(psycopg.Error):
+                            connection.cancel_safe(timeout=_CANCEL_S)
+                        continue
+                    pgconn.consume_input()
+                result = pgconn.get_result()
+                if result is None:
+                    break
+                results.append(result)
+        except psycopg.Error:
+            raise  # libpq knows that the connection is lost
+        except BaseException:
+            pgconn.finish()  # nobody would read the answer
+            raise
+    if interrupt is not None:
+        raise interrupt
+    for result in results:
+        if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
+            raise pg.error_from_result(result, encoding=connection.info.encoding)
+    last = results[-1]
+    tag = (last.command_status or b"").decode()
+    if not last.ntuples:
+        return _Answer(tag, ())
+    values = [last.get_value(0, column) for column in range(last.nfields)]
+    return _Answer(tag, tuple([None if value is None else value.decode() for value in values]))
+
+
 def _query(connection: Any, sql: str, parameters: Any = None) -> Flow[Any]:
     """One row, as a tuple whatever the application has set its connection to."""
     cursor = connection.cursor(row_factory=tuple_row)
@@ -740,7 +833,12 @@ def _query(connection: Any, sql: str, parameters: Any = None) -> Flow[Any]:
 
 def _finish_gen(connection: Any, gid: str, bqual: bytes, commit: bool) -> Flow[Finish]:
     try:
-        yield connection.tpc_commit(gid) if commit else connection.tpc_rollback(gid)
+        if isinstance(connection, psycopg.AsyncConnection):
+            yield connection.tpc_commit(gid) if commit else connection.tpc_rollback(gid)
+        elif connection.info.transaction_status is TransactionStatus.INTRANS:
+            raise psycopg.ProgrammingError(f"{gid} cannot be ended within another transaction")
+        else:
+            yield from _exchange(connection, f"{'COMMIT' if commit else 'ROLLBACK'} PREPARED '{gid}'")
     except pg.UndefinedObject:
         evidence = _Evidence.read(bqual)
         if evidence is None:
