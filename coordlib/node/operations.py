@@ -126,7 +126,8 @@ class Do:
     Args:
         call: Blocks, but not for ever: nobody who gives up leaves before it has ended.
         acall: The same as a coroutine, where that is how the I/O is done; cancelled when its task is.
-        polled: The same as `call` without blocking: several are run at once on the thread that asks for them.
+        polled: The same as `call` without blocking: several are run at once on the thread that asks for them. None: it
+            would block this time.
     """
 
     __slots__ = ("acall", "call", "polled")
@@ -137,7 +138,7 @@ class Do:
         self,
         call: Callable[[], Any],
         acall: Callable[[], Awaitable[Any]] | None = None,
-        polled: Callable[[], Polled[Any]] | None = None,
+        polled: Callable[[], Polled[Any] | None] | None = None,
     ) -> None:
         self.call = call
         self.acall = acall
@@ -295,20 +296,21 @@ def _run_own(engine: Engine, operation: Do | Together) -> Any:
         engine.submit(call)
         calls.append((place, each, call))
     # What is polled shares this thread; of the rest one has it, if there is nothing to be polled.
-    polled = [(place, do.polled()) for place, do in own if do.polled is not None] if len(own) > 1 else []
-    here = [] if polled else own[:1]
+    polled: dict[int, Polled[Any]] = {}
+    for place, do in own if len(own) > 1 else ():
+        if do.polled is not None and (begun := do.polled()) is not None:
+            polled[place] = begun
+    blocking = [(place, do) for place, do in own if place not in polled]
+    here = [] if polled else blocking[:1]
     helped = [
-        _helpers.submit(functools.partial(_do, do, place, outcomes))
-        for place, do in own[len(here) :]
-        if do.polled is None or not polled
+        _helpers.submit(functools.partial(_do, do, place, outcomes)) for place, do in blocking[len(here) :]
     ]
     interrupt: BaseException | None = None
     try:
         for place, do in here:
             _do(do, place, outcomes)
         if polled:
-            answers = poll_all([each for _, each in polled])
-            for (place, _), (value, error) in zip(polled, answers, strict=True):
+            for place, (value, error) in zip(polled, poll_all(polled.values()), strict=True):
                 outcomes[place] = Success(value) if error is None else Failure(error)
     except BaseException as error:
         interrupt = error

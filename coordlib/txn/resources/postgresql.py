@@ -680,14 +680,19 @@ class PostgreSQLBranch(_Branch):
     def rollback(self) -> None:
         run(self._rollback_gen())
 
-    def polled_prepare(self) -> Polled[Vote]:
-        return polled(self._prepare_gen())
+    def polled_prepare(self) -> Polled[Vote] | None:
+        return None if self._has_to_connect else polled(self._prepare_gen())
 
-    def polled_commit(self) -> Polled[None]:
-        return polled(self._commit_gen())
+    def polled_commit(self) -> Polled[None] | None:
+        return None if self._has_to_connect else polled(self._commit_gen())
 
-    def polled_rollback(self) -> Polled[None]:
-        return polled(self._rollback_gen())
+    def polled_rollback(self) -> Polled[None] | None:
+        return None if self._has_to_connect else polled(self._rollback_gen())
+
+    @property
+    def _has_to_connect(self) -> bool:
+        """Connecting blocks: to a server that is away, for long."""
+        return self._state == "preparing" or self.connection.closed
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
