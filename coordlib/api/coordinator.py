@@ -104,9 +104,8 @@ class Coordinator:
 
     def name_gen(self) -> OpGen[tuple[bytes, int]]:
         """A new gtid, and the estimate of log time that is in it. Asks the cluster the first time only."""
-        if not self._log_time_at:
+        while not (estimate := self._estimate_ms()):
             yield from self._learn_time_gen()
-        estimate = self._estimate_ms()
         with self._lock:
             gtid = self._minter.mint(estimate, self._session())
             self._live[gtid] = 1
@@ -119,9 +118,14 @@ class Coordinator:
         # Before the answer was under way: the estimate is late by that, never early.
         self._log_time_ms, self._log_time_at = commands.decode_reply(reply)[0], now
 
+    def doubt_time(self) -> None:
+        """A transaction was told that its time was over, and it was not: ask again before the next one."""
+        self._log_time_at = 0
+
     def _estimate_ms(self) -> int:
         """Of log time; 0 if it was never asked for."""
-        return self._log_time_ms + monotonic_ms() - self._log_time_at if self._log_time_at else 0
+        learnt_at = self._log_time_at
+        return self._log_time_ms + monotonic_ms() - learnt_at if learnt_at else 0
 
     def ended(self, gtid: bytes) -> None:
         """One of those who were at work on the transaction is done with it."""

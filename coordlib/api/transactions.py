@@ -313,6 +313,10 @@ class _TransactionBase:
             self._result = yield from commit_gen(
                 record, self._coordinator.context, until_applied=self._options.until_applied
             )
+        except TransactionAborted as error:
+            if error.reason == "deadline" and monotonic_ms() < record.expires_ms:
+                self._coordinator.doubt_time()
+            raise
         finally:
             self._ended(record)
 

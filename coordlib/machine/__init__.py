@@ -415,10 +415,18 @@ class Machine:
 
     # --- reading ------------------------------------------------------------------------------------------
 
-    def query(self, query: bytes) -> bytes:
-        """The reply to a query, an error being one. Changes nothing that is replicated."""
+    def query(self, query: bytes, log_now: Callable[[], int] | None = None) -> bytes:
+        """
+        The reply to a query, an error being one. Changes nothing that is replicated.
+
+        Args:
+            log_now: What would be logged as the time now, where anybody knows: for TIME, which else answers when the
+                last command was logged. Nothing else may be answered by it: a command of an earlier time may yet come.
+        """
         try:
             args = decode_query(query, self.limits)
+            if args[0] == QueryCode.TIME and log_now is not None:
+                return encode((0, max(self.log_time_ms, log_now())))
             return encode(self._queries[args[0]](args))
         except CoordError as exc:
             return encode_error(_as_remote(exc))

@@ -812,7 +812,7 @@ def query_tx_heuristics(after: tuple[bytes, bytes] | None = None, limit: int = 1
 
 
 def query_time() -> bytes:
-    """-> [log_time of the last entry in ms]."""
+    """-> [log_time in ms]: what the leader would log now; elsewhere, that of the last entry."""
     return encode((QueryCode.TIME.value,))
 
 

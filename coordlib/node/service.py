@@ -321,7 +321,10 @@ class RequestService:
     def _serve(self, source: Source, request: Request, now: int) -> None:
         if request.kind == RequestKind.QUERY:
             self.counters["queries"] += 1
-            self._reply(source, request.request_id, ReplyStatus.OK, self._machine.query(request.body))
+            clock = self.log_clock
+            log_now = None if clock is None else lambda: clock.read(now)
+            reply = self._machine.query(request.body, log_now)
+            self._reply(source, request.request_id, ReplyStatus.OK, reply)
         elif request.kind == RequestKind.KEEP_ALIVE:
             if request.session in self._expiring:
                 self._expiring[request.session].append((source, request))

@@ -518,6 +518,23 @@ def stores(cluster: coordlib.Cluster) -> tuple[Store, Store]:
     return cluster.resource(Store("orders")), cluster.resource(Store("billing"))
 
 
+def test_an_estimate_of_time_that_has_become_wrong_is_wrong_once(
+    cluster: coordlib.Cluster, stores: tuple[Store, Store]
+) -> None:
+    """The log's time may run faster than that of whoever asked for it; else all that follow would come too late."""
+
+    def transaction() -> None:
+        with cluster.transaction(timeout=30) as tx:
+            for store in stores:
+                tx.enlist(store).append("row")
+
+    transaction()
+    cluster._coordinator._log_time_ms -= 60_000
+    with pytest.raises(TransactionAborted, match="deadline"):
+        transaction()
+    transaction()
+
+
 def test_databases_and_maps_are_committed_together(
     cluster: coordlib.Cluster, stores: tuple[Store, Store]
 ) -> None:

@@ -148,6 +148,20 @@ def test_too_many_held_requests_are_refused(monkeypatch: object) -> None:
     assert isinstance(error_of(leader.replies()[asked]), Overloaded)
 
 
+def test_a_leader_tells_what_time_it_would_log_now() -> None:
+    """However long ago the last entry was; whoever mints by it would be late by all of that."""
+    leader = ready_leader()
+    leader.open()
+    logged = leader.machine.log_time_ms
+    leader.pass_time(TTL_MS // 4)
+    leader.apply()
+    asked = leader.ask(RequestKind.QUERY, commands.query_time())
+    leader.apply()
+    assert commands.decode_reply(leader.replies()[asked].body) == [logged + TTL_MS // 4]
+    assert leader.machine.log_time_ms == logged
+    assert commands.decode_reply(leader.machine.query(commands.query_time())) == [logged]
+
+
 def test_a_copy_of_a_request_is_attached_to_the_first() -> None:
     """One entry in the log, an answer to each asker."""
     leader = ready_leader()
