@@ -10,9 +10,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from coordlib.errors import ConfigError, FlavourError, InvariantViolation, UsageError
+from coordlib.node import polling
 from coordlib.txn.branches import (
     AsyncBranch,
     Branch,
@@ -20,13 +22,14 @@ from coordlib.txn.branches import (
     BranchHeuristic,
     BranchUnknown,
     Finish,
+    PolledBranch,
     PreparedBranch,
     Resource,
     Vote,
 )
 from coordlib.txn.gtid import BranchName, cluster_tag
 from coordlib.txn.resources import postgresql
-from coordlib.txn.resources.common import ResourceBusy
+from coordlib.txn.resources.common import ResourceBusy, polled
 from coordlib.txn.resources.postgresql import AsyncPostgreSQLBranch, PostgreSQL, PostgreSQLBranch
 from tests.txn.conftest import Names
 from tests.txn.servers import PostgreSQLServer
@@ -673,6 +676,50 @@ def test_a_connection_that_is_lost_during_commit(
         branch.commit()
     branch.commit()
     assert _rows(look) == ["a"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_leaves_a_connection_in_a_known_state(
+    orders: PostgreSQL, names: Names, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """The server cancels what it is at, and that is waited for; whoever does not wait for it has the connection closed."""
+    ready, left = polling._ready, [times]
+
+    def interrupted(waits: Any, until: float | None) -> list[int]:
+        if left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        return ready(waits, until)
+
+    branch = _begin(orders, names)
+    monkeypatch.setattr(polling, "_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        polling.poll(polled(postgresql._exchange(branch.connection, "SELECT pg_sleep(600)")))
+    status = branch.connection.info.transaction_status
+    assert status is (TransactionStatus.INERROR if times == 1 else TransactionStatus.UNKNOWN)
+    assert branch.connection.closed == (times == 2)
+    with pytest.raises(BranchFailed):
+        branch.prepare()
+
+
+def test_two_branches_are_polled_by_one_thread(
+    orders: PostgreSQL, names: Names, look: psycopg.Connection[Any]
+) -> None:
+    """Both prepare, then both commit; one that has to connect first is not to be waited for by the others."""
+    branches: list[PolledBranch] = [_written(orders, names, name) for name in "ab"]
+    votes = polling.poll_all([vote for branch in branches if (vote := branch.polled_prepare())])
+    assert votes == [(Vote.YES, None)] * 2
+    assert len(orders.prepared()) == 2
+    first, second = branches
+    assert isinstance(first, PostgreSQLBranch)
+    first.connection.close()
+    assert first.polled_commit() is None
+    assert first.polled_rollback() is None
+    told = second.polled_commit()
+    assert told is not None
+    assert polling.poll_all([told]) == [(None, None)]
+    first.commit()
+    assert _rows(look) == ["a", "b"]
 
 
 def test_a_connection_that_the_server_closed_while_idle(
