@@ -64,6 +64,7 @@ class Unfinished(NamedTuple):
     is_committed: bool | None  # None: not known; the log is to be asked
     members: tuple[Member, ...]  # still to be told
     decider: DecidingResource | None = None  # the last resource, where that has the answer
+    is_one_phase: bool = False  # nobody has the answer but its only branch: no one else may be asked
 
 
 class Context:
@@ -574,7 +575,14 @@ def _leave(tx: Transaction, context: Context) -> None:
     """Give what is left to recovery, without doing anything that could take time."""
     if tx.state in (State.ACTIVE, State.PREPARING):
         tx.become(State.ABORTED)
-    elif tx.state in (State.DECIDING, State.ONE_PHASE):
+    elif tx.state is State.ONE_PHASE:
+        # The log knows nothing of it, and would call it aborted for ever. What is not committed rolls back: here when it
+        # is told, elsewhere by itself when its time is over.
+        tx.become(State.UNKNOWN)
+        here = tuple(member for member in tx.members if not member.is_remote)
+        context.finish_later(Unfinished(tx.gtid, False, here, is_one_phase=True))
+        return
+    elif tx.state is State.DECIDING:
         tx.become(State.UNKNOWN)
     if tx.state is State.ENDED or not tx.members:
         return

@@ -246,10 +246,10 @@ def complete_gen(unfinished: Unfinished, recovery: Recovery) -> OpGen[bool]:
     Raises:
         UsageError, FatalError: The node has stopped.
     """
-    gtid, is_committed, waiting, decider = unfinished
+    gtid, is_committed, waiting, decider, is_one_phase = unfinished
     members: list[Member] = list(waiting)
     pause = PAUSE_SECONDS
-    is_resolved = is_committed is True or not members
+    is_resolved = is_committed is True or is_one_phase or not members
     for attempt in range(ATTEMPTS_MAX):
         if attempt:
             yield Step.pause(pause)
@@ -262,6 +262,9 @@ def complete_gen(unfinished: Unfinished, recovery: Recovery) -> OpGen[bool]:
                     recovery.count("unresolved")
                     return False
                 is_resolved = True
+                if is_committed:
+                    # Whoever has promised nothing has read only, and ended.
+                    members = [member for member in members if member.participants]
             if members:
                 members = yield from _tell_gen(gtid, members, bool(is_committed), decider, recovery)
             if not members:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from coordlib.machine import commands
+from coordlib.machine.commands import TxStatus
 from coordlib.node.operations import Success
 from coordlib.txn.branches import Finish, PreparedBranch
-from coordlib.txn.commit import commit_gen
-from coordlib.txn.gtid import resource_tag
+from coordlib.txn.commit import Unfinished, commit_gen
+from coordlib.txn.gtid import mint_ms_of, resource_tag
 from coordlib.txn.journal import JournalResource, MemoryJournal
 from coordlib.txn.members import Ending, obeyed
-from coordlib.txn.recovery import recover_gen, sweep_gen
+from coordlib.txn.recovery import complete_gen, recover_gen, sweep_gen
 from coordlib.txn.service import Answer, RemoteMember, Status
+from coordlib.txn.transaction import State
 from tests.txn.model import Choices, ModelResource, World
 
 
@@ -144,3 +146,44 @@ def test_a_branch_that_cannot_be_finished_keeps_no_other_waiting() -> None:
     store.held = b""
     again = world.run(recover_gen(store, world.agent), with_faults=False)
     assert (again.committed, again.in_doubt) == (1, ())
+
+
+def test_an_outcome_that_is_no_longer_kept_is_presumed_by_nobody() -> None:
+    """T6: of what was minted before the horizon nothing is known, and only people can say how it ended."""
+    world = World(Choices((), 0))
+    branch = world.enlist(world.stores[0])
+    branch.state = "prepared"
+    world.driver.machine._transactions.horizon_ms = mint_ms_of(world.gtid) + 1
+    recovered = world.run(recover_gen(world.stores[0], world.agent), with_faults=False)
+    assert [found.branch.bqual for found in recovered.in_doubt] == [branch.bqual]
+    assert (recovered.rolled_back, recovered.committed, branch.state) == (0, 0, "prepared")
+
+
+def test_a_commit_in_one_phase_that_was_interrupted_is_not_called_aborted() -> None:
+    """The log knows nothing of it and must not be asked: asked, it would say "aborted" of what may be committed."""
+    world = World(Choices((), 0))
+    world.enlist(world.stores[0])
+    operation = commit_gen(world.tx, world.context)
+    next(operation)  # its commit is under way
+    operation.close()
+    (left,) = world.left
+    assert world.run(complete_gen(left, world.agent), with_faults=False)
+    assert world.outcome == TxStatus.NONE
+    assert world.tx.state is State.UNKNOWN
+
+
+def test_who_has_read_only_is_not_told_to_commit() -> None:
+    """Its branch has ended with its vote: only what was promised is told how it ended."""
+    world = World(Choices((), 0))
+    branches = [world.enlist(store) for store in world.stores]
+    members = tuple(world.tx.members)
+    members[0].read_vote(Success(branches[0].prepare()))
+    branches[1].state = "read-only"
+    participants = members[0].participants
+    world.apply(
+        world.session, commands.tx_decide(world.gtid, world.tx.deadline_ms, participants=participants)
+    )
+    unfinished = Unfinished(world.gtid, None, members)
+    assert world.run(complete_gen(unfinished, world.agent), with_faults=False)
+    assert [branch.state for branch in branches] == ["committed", "read-only"]
+    assert not branches[1].was_asked_to_commit
