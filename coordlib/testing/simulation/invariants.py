@@ -26,6 +26,10 @@ exactly once          a session's command is executed once; repeated, it gets th
 fencing token         tokens rise over all grants of all locks, for ever
 one holder            a lock is granted to one acquisition of a living session at a time
 id window             windows of id time of one worker are disjoint; a worker is one lease's at a time, and none leaks
+one outcome           a transaction has the outcome that the first decision gave it, in every answer and on every member
+decision              it is committed if and only if its time, its guards and its conditions allow it
+pending branch        of a committed one those branches are pending that have not been forgotten, of others none
+horizon               an outcome is forgotten only when it may be, and nothing is remembered again
 current read          what a leader answers a query from has all that was committed when it took the query up
 session belief        when the cluster ends a session for its silence, its owner has already stopped to count on it
 busy loop             no process runs more often than a bound allows
@@ -43,6 +47,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from unittest.mock import patch
 
 from coordlib.machine.effects import Applied
+from coordlib.machine.limits import Limits
 from coordlib.raft import RawNode, Ready
 from coordlib.raft.messages import (
     AppendEntries,
@@ -55,6 +60,7 @@ from coordlib.raft.messages import (
     VoteReply,
 )
 from coordlib.storage.base import Persist, RecoveredGroup
+from coordlib.testing.simulation.decisions import Decisions
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.model import LogModel, Violation
 
@@ -68,6 +74,7 @@ ALARMS: Final = frozenset(
 )
 FILES_OPEN_MAX: Final = 8
 
+LOOK_EVERY: Final = 16
 DIGEST_EVERY: Final = 128
 """States are compared at every so many applied entries; comparing takes as long as writing a snapshot."""
 
@@ -151,9 +158,17 @@ class Invariants:
         marks: Where to note what was reached.
         are_clocks_bounded: No two clocks differ in rate by more than the cluster was told, so that sessions must keep
             what their owners count on.
+        limits: The replicated ones.
     """
 
-    def __init__(self, members: Sequence[str], marks: Marks, *, are_clocks_bounded: bool = False) -> None:
+    def __init__(
+        self,
+        members: Sequence[str],
+        marks: Marks,
+        *,
+        are_clocks_bounded: bool = False,
+        limits: Limits = Limits(),  # noqa: B008  # immutable
+    ) -> None:
         self._marks = marks
         self._are_clocks_bounded = are_clocks_bounded
         self._processes: dict[str, SimulatedProcess] = {}
@@ -168,6 +183,7 @@ class Invariants:
         self._outcomes: dict[int, _Outcome] = {}
         self._digests: dict[int, bytes] = {}
         self._model = LogModel(marks)
+        self.decisions = Decisions(marks, limits)
 
     # -- on the disk ---------------------------------------------------------------------------------------
 
@@ -514,6 +530,7 @@ class Invariants:
         outcome = self._outcomes.get(index)
         if outcome is None:
             self._outcomes[index] = _Outcome(applied.reply, applied.effects)
+            self.decisions.apply(entry, applied, self._model.holders)
             expired = self._model.apply(entry, applied)
             if expired and self._are_clocks_bounded:
                 self._check_beliefs(index, expired)
@@ -522,6 +539,8 @@ class Invariants:
                 "same reply",
                 f"{name} applied entry {index} with {applied.reply!r} {applied.effects}, another with {outcome}",
             )
+        if index % LOOK_EVERY == 0:
+            self.decisions.look(process)
         if index % DIGEST_EVERY == 0:
             self._compare_state(process)
 
@@ -576,6 +595,7 @@ class Invariants:
             self._compare_state(process)
             process._kernel.machine.check_invariants()
             self._model.windows.check(process.name, process._kernel.machine)
+            self.decisions.check(process.name, process._kernel.machine)
             self._check_leftovers(process)
 
     @staticmethod

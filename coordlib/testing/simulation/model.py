@@ -32,14 +32,14 @@ class Violation(AssertionError):
 class LogModel:
     """Sessions, locks and windows as they must be, by the log alone; another reading of the same commands."""
 
-    __slots__ = ("_answers", "_ended", "_holders", "_marks", "_sessions", "_token", "windows")
+    __slots__ = ("_answers", "_ended", "_marks", "_sessions", "_token", "holders", "windows")
 
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
         self._answers: dict[tuple[int, int], bytes] = {}
         self._sessions: set[int] = set()
         self._ended: set[int] = set()
-        self._holders: dict[bytes, tuple[int, int, int]] = {}  # lock -> session, sequence, token
+        self.holders: dict[bytes, tuple[int, int, int]] = {}  # lock -> session, sequence, token
         self._token = 0
         self.windows = _Windows()
 
@@ -75,16 +75,16 @@ class LogModel:
             elif opcode == OpCode.RELEASE:
                 self._release(args[1], session, args[2])
             elif opcode == OpCode.BREAK:
-                self._holders.pop(args[1], None)
+                self.holders.pop(args[1], None)
         ended = {effect.session for effect in applied.effects if isinstance(effect, SessionEnded)}
         for lost in ended:
             self._ended.add(lost)
             self._sessions.discard(lost)
             if opcode == OpCode.SESSION_EXPIRE:
                 self._marks.hit("session_expired")
-        for lock in [lock for lock, holder in self._holders.items() if holder[0] in ended]:
+        for lock in [lock for lock, holder in self.holders.items() if holder[0] in ended]:
             self._marks.hit("lock_holder_died")
-            del self._holders[lock]
+            del self.holders[lock]
         for effect in applied.effects:
             if isinstance(effect, LockGranted):
                 self._marks.hit("lock_handed_over")
@@ -93,13 +93,13 @@ class LogModel:
                 holder = next(
                     (
                         lock
-                        for lock, held in self._holders.items()
+                        for lock, held in self.holders.items()
                         if held[:2] == (effect.session, effect.sequence)
                     ),
                     None,
                 )
                 if holder is not None:
-                    del self._holders[holder]
+                    del self.holders[holder]
         return ended if opcode == OpCode.SESSION_EXPIRE else set()
 
     def _is_due(self, index: int, session: int, sequence: int, applied: Applied) -> bool:
@@ -121,7 +121,7 @@ class LogModel:
         return False
 
     def _grant(self, index: int, lock: bytes, session: int, sequence: int, token: int) -> None:
-        holder = self._holders.get(lock)
+        holder = self.holders.get(lock)
         if holder is not None and holder[:2] != (session, sequence):
             raise Violation(
                 "one holder", f"entry {index} grants {lock!r} to session {session}, while {holder} holds it"
@@ -137,12 +137,12 @@ class LogModel:
                 "fencing token", f"entry {index} grants {lock!r} with token {token}, after {self._token}"
             )
         self._token = token
-        self._holders[lock] = (session, sequence, token)
+        self.holders[lock] = (session, sequence, token)
 
     def _release(self, lock: bytes, session: int, sequence: int) -> None:
-        holder = self._holders.get(lock)
+        holder = self.holders.get(lock)
         if holder is not None and holder[:2] == (session, sequence):
-            del self._holders[lock]
+            del self.holders[lock]
 
 
 class _Lease:

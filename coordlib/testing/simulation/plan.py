@@ -21,6 +21,8 @@ SAFETY_MS = 42_000
 LIVENESS_MS = 8_000
 TOTAL_MS = 60_000
 FORMING_MS = 4_000
+BANK_SEEDS_SHARE = 0.2
+BANK_WEIGHT = 4.0  # of all others together
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Plan:
     append_entries_max: int = 1024  # in one message, and so on: see `RaftConfig`
     probe_size_bytes_max: int = 1 << 16
     inflight_messages_max: int = 64
+    tx_lifetime_ms: int = 600_000  # and so on: see `Limits`
+    tx_retention_ms: int = 86_400_000
+    tx_outcomes_max: int = 200_000
     safety_ms: int = SAFETY_MS
     liveness_ms: int = LIVENESS_MS
     total_ms: int = TOTAL_MS
@@ -96,7 +101,7 @@ class Reduction:
 def draw_plan(seed: int) -> Plan:
     """The plan of a seed: the same for ever, as long as this module is."""
     chance = Choices(seed).stream("plan")
-    load = draw_load(chance)
+    load = _draw_bank_share(Choices(seed).stream("bank share"), draw_load(chance))
     members = chance.choice((1, 2, 2, 3, 3, 3, 3, 3, 4, 4, 5, 5, 5, 6, 7))
     # Cut small, what a new leader adds does not travel with all that precedes it. But then little gets through.
     append_entries_max, inflight_messages_max = chance.choice(
@@ -130,9 +135,26 @@ def draw_plan(seed: int) -> Plan:
         append_entries_max=append_entries_max,
         probe_size_bytes_max=probe_size_bytes_max,
         inflight_messages_max=inflight_messages_max,
+        **_draw_tx_limits(Choices(seed).stream("tx limits")),
         # Large states in tiny pieces would only take longer than anybody waits.
         chunk_size_bytes=chance.choice((16 * 1024 if load.padding_size_bytes else 200, 20_000, 256 * 1024)),
     )
+
+
+def _draw_bank_share(chance: Stream, load: Load) -> Load:
+    """Mostly small; now and then hardly anything else is done, as what goes wrong takes several transactions at once."""
+    if chance.random() < BANK_SEEDS_SHARE:
+        return replace(load, weights={**load.weights, "bank": BANK_WEIGHT * sum(load.weights.values())})
+    return load
+
+
+def _draw_tx_limits(chance: Stream) -> dict[str, int]:
+    """Small in some seeds, so that outcomes are forgotten while somebody may still ask for them."""
+    return {
+        "tx_lifetime_ms": chance.choice((15_000, 600_000)),
+        "tx_retention_ms": chance.choice((10_000, 86_400_000, 86_400_000)),
+        "tx_outcomes_max": chance.choice((20, 200_000, 200_000)),
+    }
 
 
 def _draw_forming_faults(chance: Stream, members: int) -> tuple[Fault, ...]:

@@ -20,6 +20,7 @@ from unittest.mock import patch
 from coordlib.api.locks import _LockBase
 from coordlib.api.maps import _MapBase
 from coordlib.errors import InvariantViolation, StorageCorrupt
+from coordlib.machine.limits import Limits
 from coordlib.raft import RaftConfig
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation import marks, workload
@@ -128,9 +129,17 @@ class _Run:
             reads_by_lease=plan.reads_by_lease,
             segment_size_bytes=plan.segment_size_bytes,
         )
+        self.limits = Limits(
+            tx_lifetime_ms=plan.tx_lifetime_ms,
+            tx_retention_ms=plan.tx_retention_ms,
+            tx_outcomes_max=plan.tx_outcomes_max,
+        )
         self.are_clocks_bounded = plan.clock.is_bounded(plan.timing.drift_percent)
         self.invariants = Invariants(
-            list(self.world.members), self.marks, are_clocks_bounded=self.are_clocks_bounded
+            list(self.world.members),
+            self.marks,
+            are_clocks_bounded=self.are_clocks_bounded,
+            limits=self.limits,
         )
         self.world.observer = self.invariants
         self.history = history
@@ -152,6 +161,8 @@ class _Run:
             stack.enter_context(patch("coordlib.node.kernel.ENTRIES_RETAINED", plan.entries_retained))
             stack.enter_context(patch("coordlib.node.transfer.CHUNK_SIZE_BYTES", plan.chunk_size_bytes))
             stack.enter_context(patch("coordlib.node.kernel.RaftConfig", self._raft_config))
+            stack.enter_context(patch("coordlib.node.kernel.Limits", lambda: self.limits))
+            stack.enter_context(patch("coordlib.txn.recovery.LIFETIME_MS", plan.tx_lifetime_ms))
             stack.enter_context(watched_reads(self.invariants, is_lease_trusted=self.are_clocks_bounded))
             self._boot()
             self.injector.schedule()

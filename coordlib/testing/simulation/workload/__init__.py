@@ -21,6 +21,7 @@ from coordlib.testing.checkers import Verdict, check
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.processes import Process
+from coordlib.testing.simulation.workload.bank import Bank
 from coordlib.testing.simulation.workload.counters import Counters
 from coordlib.testing.simulation.workload.groups import Groups
 from coordlib.testing.simulation.workload.ids import Ids
@@ -35,7 +36,7 @@ from coordlib.testing.simulation.world import World
 
 __all__ = ["SERVICES", "SOMETIMES", "Load", "Marks", "PromiseBroken", "Service", "Workload", "draw_load"]
 
-SERVICES: Final[tuple[type[Service], ...]] = (Registers, Locks, Counters, Inserts, Groups, Tickets, Ids)
+SERVICES: Final[tuple[type[Service], ...]] = (Registers, Locks, Counters, Inserts, Groups, Tickets, Ids, Bank)
 
 SOMETIMES: Final[dict[str, str]] = {
     "acquire_granted_after_waiting": "a waiter got its lock",
@@ -67,6 +68,27 @@ SOMETIMES: Final[dict[str, str]] = {
     "session_suspended": "a process heard nothing of the cluster for half of its session's TTL",
     "stale_read_answered": "a stale read was answered with a value",
     "stale_write_refused": "a write with the token of a lost grant was refused",
+    "tx_aborted_conflict": "a decision found that what had been read was changed, and aborted",
+    "tx_aborted_deadline": "a decision came when its time was over, and aborted",
+    "tx_call_repeated": "the answer of a service was lost, and it was called again",
+    "tx_conflict_at_a_read": "a transaction read what was changed after its first read",
+    "tx_dynamic_one_phase": "all had read only but one, which committed in one phase",
+    "tx_error_swallowed": "an operation of a service failed, and its caller went on to commit",
+    "tx_expired": "a service rolled back what had not promised in time",
+    "tx_heuristic_recorded": "a promised branch had been ended by hand",
+    "tx_initiator_died_undecided": "an initiator ended when some had promised, and nothing was decided",
+    "tx_last_resource": "a store that cannot prepare decided for all",
+    "tx_last_resource_asked": "who was in doubt asked the process whose last resource decides",
+    "tx_one_phase": "an only branch committed in one phase",
+    "tx_outcome_forgotten": "somebody asked for an outcome that is no longer kept",
+    "tx_participant_died_promised": "a service ended after it had promised",
+    "tx_promise_restored": "a service began with promises from before",
+    "tx_recovered_by_another": "a branch was ended by a process that had nothing to do with it",
+    "tx_resolve_found_a_decision": "RESOLVE came after DECIDE, and said so",
+    "tx_resolve_won": "DECIDE came after RESOLVE, and lost",
+    "tx_resolved_by_people": "an outcome was too old to be known, and people looked it up",
+    "tx_swept": "a branch had obeyed and nobody had said so",
+    "tx_told_resolved": "an initiator heard that others had given its transaction up",
     "unknown_outcome_later_seen": "a write of unknown outcome had happened, as somebody read later",
     "withdrawn_acquire_granted_later_released": "a lock was granted to who had given up, and was taken back",
 }
@@ -187,7 +209,7 @@ class Workload:
     def describe(self) -> str:
         """What is not over yet, in words."""
         tasks = [str(task) for worker in self._site.workers.values() for task in worker.tasks]
-        restless = [f"{service.name} are not at rest" for service in self._services if not service.is_quiet]
+        restless = [service.describe() for service in self._services if not service.is_quiet]
         return "; ".join(tasks + restless) or "nothing is under way"
 
     @property

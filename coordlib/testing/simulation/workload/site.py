@@ -428,6 +428,10 @@ class Service:
         """Whether nothing is left to happen but by `begin`; tasks under way are not asked about here."""
         return True
 
+    def describe(self) -> str:
+        """What is left to happen."""
+        return f"{self.name} are not at rest"
+
     def read_back(self, worker: Worker, client: str) -> OpGen[None]:
         """An operation that reads what is there at the end, in this process, as the thread `client`."""
         yield from ()
