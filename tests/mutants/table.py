@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from tests.mutants import elections, ids, locks, log, reads, replication, sessions, snapshots, wire
+from tests.mutants import (
+    elections,
+    ids,
+    locks,
+    log,
+    reads,
+    replication,
+    sessions,
+    snapshots,
+    transactions,
+    wire,
+)
 from tests.mutants.patching import Mutant
 
 __all__ = ["AREAS", "INVARIANTS", "KINDS", "MUTANTS", "kind_of"]
@@ -17,6 +28,7 @@ AREAS: dict[str, tuple[Mutant, ...]] = {
     "ids": ids.MUTANTS,
     "reads and clocks": reads.MUTANTS,
     "wire": wire.MUTANTS,
+    "transactions": transactions.MUTANTS,
 }
 MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutants in AREAS.values() for mutant in mutants}
 
@@ -27,16 +39,20 @@ INVARIANTS = frozenset(
         "commit safety",
         "commit term",
         "current read",
+        "decision",
         "durable promise",
         "election safety",
         "exactly once",
         "fencing token",
+        "horizon",
         "id window",
         "leader completeness",
         "log matching",
         "match index",
         "one holder",
+        "one outcome",
         "one vote",
+        "pending branch",
         "recovered log",
         "same reply",
         "same state",

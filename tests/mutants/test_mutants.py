@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordlib.testing.simulation import invariants, model
+from coordlib.testing.simulation import decisions, invariants, model
 from tests.mutants import patching, runner
 from tests.mutants.patching import HIT, Mutant, PatchError, prepare, replace
 from tests.mutants.table import AREAS, INVARIANTS, MUTANTS
@@ -57,7 +57,7 @@ def test_every_global_invariant_is_known_as_one() -> None:
     """A new invariant is either counted among those that judge from outside, or named here as a mere symptom."""
     named = {
         node.args[0].value
-        for module in (invariants, model)
+        for module in (decisions, invariants, model)
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
