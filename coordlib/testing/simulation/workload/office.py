@@ -214,7 +214,7 @@ class Office:
     def _takes_ms(self) -> int:
         settings = self.settings
         if settings.slow_share and self.stream.random() < settings.slow_share:
-            return self.stream.randint(500, 4000)
+            return self.stream.choice((500, 1500, 4000, 12_000))  # the last is longer than most have
         return self.stream.randint(0, settings.io_ms_max) if settings.io_ms_max else 0
 
     def _start(self, operation: OpGen[Any], done: Callable[[Any], None] = lambda _: None) -> None:
@@ -359,7 +359,7 @@ class Office:
 
     def _meddle(self, connection: Connection) -> None:
         share = self.settings.by_hand_share
-        if share and not self.bank.site.is_stopped:
+        if share and not self.bank.site.is_stopped and self.bank.decisions is not None:
             for part in list(connection.book.prepared.values()):
                 if self.stream.random() < share:
                     connection.book.end_by_hand(part)
