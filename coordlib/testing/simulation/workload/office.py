@@ -213,7 +213,8 @@ class Office:
 
     def _takes_ms(self) -> int:
         settings = self.settings
-        if settings.slow_share and self.stream.random() < settings.slow_share:
+        is_slow = settings.slow_share and self.stream.random() < settings.slow_share
+        if is_slow and not self.bank.site.is_stopped:  # at the end all that is left is to be over soon
             return self.stream.choice((500, 1500, 4000, 12_000))  # the last is longer than most have
         return self.stream.randint(0, settings.io_ms_max) if settings.io_ms_max else 0
 
@@ -403,7 +404,7 @@ class Office:
             bank = self.bank
             run_before = bank.runs.setdefault((work.gtid, number), self.who)
             if run_before != self.who or number in work.notes:
-                bank.broken("exactly once", f"call {number} of {work.gtid.hex()} is run again by {self.who}")
+                bank.broken("run once", f"call {number} of {work.gtid.hex()} is run again by {self.who}")
             work.notes[number] = True
             if self.settings.refusals and self.stream.random() < self.settings.refusals:
                 raise ValueError("the handler refuses")
