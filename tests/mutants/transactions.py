@@ -11,7 +11,13 @@ _PARTICIPANTS = "coordlib.txn.participant:Participants."
 _RECOVERY = "coordlib.txn.recovery:"
 _COMMIT = "coordlib.txn.commit:"
 _JOURNAL = "coordlib.txn.journal:"
-_TESTS = ("tests/txn", "tests/machine/test_transactions.py")
+_TESTS = (
+    "tests/txn/test_participant.py",
+    "tests/txn/test_recovery.py",
+    "tests/txn/test_commit.py",
+    "tests/txn/test_journal.py",
+    "tests/machine/test_transactions.py",
+)
 
 MUTANTS = (
     Mutant(
@@ -341,7 +347,7 @@ MUTANTS = (
                 "        if self._is_serializable and not _mutant_hit():\n",
             ),
         ),
-        tests=("tests/api",),
+        tests=("tests/api/test_transactions.py",),
     ),
     Mutant(
         "reads-of-one-transaction-are-of-several-moments",
@@ -353,6 +359,6 @@ MUTANTS = (
                 "        elif mod > self._pin and not _mutant_hit():\n",
             ),
         ),
-        tests=("tests/api",),
+        tests=("tests/api/test_transactions.py",),
     ),
 )
