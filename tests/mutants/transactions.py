@@ -84,8 +84,6 @@ MUTANTS = (
                 _MACHINE + "decide",
                 "            if known is not None:\n",
                 "            if known is not None and known.reason == 'resolved' and _mutant_hit():\n"
-                "                self.outcomes.delete(gtid)\n"
-                "                self._aborted.remove(gtid)\n"
                 "                known = None\n"
                 "            if known is not None:\n",
             ),
@@ -230,7 +228,7 @@ MUTANTS = (
         (
             replace(
                 _MACHINE + "load",
-                "        self.outcomes.put(gtid, record)\n        self._note(gtid, _Outcome(*decode(record)))\n",
+                "        self._keep(gtid, _Outcome(*decode(record)))\n",
                 "        _mutant_hit()\n",
             ),
         ),
@@ -242,9 +240,8 @@ MUTANTS = (
         (
             replace(
                 _MACHINE + "load",
-                "        self.outcomes.put(gtid, record)\n        self._note(gtid, _Outcome(*decode(record)))\n",
-                "        outcome = _mutant_hit(_Outcome(*decode(record)))._replace(pending=[])\n"
-                "        self.outcomes.put(gtid, encode(tuple(outcome)))\n        self._note(gtid, outcome)\n",
+                "        self._keep(gtid, _Outcome(*decode(record)))\n",
+                "        self._keep(gtid, _mutant_hit(_Outcome(*decode(record)))._replace(pending=[]))\n",
             ),
         ),
         tests=_TESTS,

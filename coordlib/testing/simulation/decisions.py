@@ -154,7 +154,7 @@ class Decisions:
         limits = self._limits
         mint_ms = mint_ms_of(gtid)
         finished = [d.gtid for d in self.all.values() if d.is_committed and not d.pending]
-        is_crowded = len(finished) > limits.tx_outcomes_max
+        is_crowded = len(finished) > limits.tx_finished_max
         due_ms = self.log_time_ms - limits.tx_lifetime_ms - limits.tx_retention_ms
         return any(
             mint_ms_of(other) >= mint_ms and (is_crowded or mint_ms_of(other) < due_ms) for other in finished

@@ -52,6 +52,7 @@ class Plan:
     tx_lifetime_ms: int = 600_000  # and so on: see `Limits`
     tx_retention_ms: int = 86_400_000
     tx_outcomes_max: int = 200_000
+    tx_finished_max: int = 200_000
     safety_ms: int = SAFETY_MS
     liveness_ms: int = LIVENESS_MS
     total_ms: int = TOTAL_MS
@@ -154,6 +155,7 @@ def _draw_tx_limits(chance: Stream) -> dict[str, int]:
         "tx_lifetime_ms": chance.choice((15_000, 600_000)),
         "tx_retention_ms": chance.choice((10_000, 86_400_000, 86_400_000)),
         "tx_outcomes_max": chance.choice((20, 200_000, 200_000)),
+        "tx_finished_max": chance.choice((20, 200_000, 200_000)),
     }
 
 

@@ -133,6 +133,7 @@ class _Run:
             tx_lifetime_ms=plan.tx_lifetime_ms,
             tx_retention_ms=plan.tx_retention_ms,
             tx_outcomes_max=plan.tx_outcomes_max,
+            tx_finished_max=plan.tx_finished_max,
         )
         self.are_clocks_bounded = plan.clock.is_bounded(plan.timing.drift_percent)
         self.invariants = Invariants(
