@@ -324,16 +324,16 @@ def test_participant_dies_after_it_has_obeyed(stage: Stage) -> None:
 
 def test_an_administrator_rolls_back_a_prepared_branch(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only half done transaction there is: it is noticed, raised, and on record for people."""
-    commit = PostgreSQLBranch.commit
+    commit = PostgreSQLBranch._commit_gen  # blocking and polled alike
 
-    def interfere(branch: PostgreSQLBranch) -> None:
+    def interfere(branch: PostgreSQLBranch) -> Any:
         if branch.resource.name == "second":
             with psycopg.connect(stage.dsns["second"], autocommit=True) as administrator:
                 (gid,) = [gid for gid in stage.prepared() if gid == branch._gid]
                 administrator.execute(f"ROLLBACK PREPARED '{gid}'")
-        commit(branch)
+        return commit(branch)
 
-    monkeypatch.setattr(PostgreSQLBranch, "commit", interfere)
+    monkeypatch.setattr(PostgreSQLBranch, "_commit_gen", interfere)
     with pytest.raises(HeuristicOutcome) as caught, stage.cluster.transaction(timeout=30) as tx:
         for database in stage.databases:
             tx.enlist(database).execute("INSERT INTO transfers VALUES ('r10', 1)")
@@ -434,18 +434,18 @@ def test_last_resource_dies_with_its_process(stage: Stage, crash: str, places: s
 
 def test_database_server_dies_after_its_promise(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decision stands: what it had prepared is there when it comes back, and is committed."""
-    commit = PostgreSQLBranch.commit
+    commit = PostgreSQLBranch._commit_gen  # blocking and polled alike
     lock = threading.Lock()
     struck: list[str] = []
 
-    def strike(branch: PostgreSQLBranch) -> None:
+    def strike(branch: PostgreSQLBranch) -> Any:
         with lock:
             if not struck:
                 struck.append(branch.resource.name)
                 stage.server.restart()
-        commit(branch)
+        return commit(branch)
 
-    monkeypatch.setattr(PostgreSQLBranch, "commit", strike)
+    monkeypatch.setattr(PostgreSQLBranch, "_commit_gen", strike)
     with stage.cluster.transaction(timeout=30) as tx:
         stage.cluster.map("transfers")["r18"] = 1
         for database in stage.databases:
