@@ -303,7 +303,8 @@ class Office:
         self._sweep()
         if self.bank.site.is_stopped:
             for work in self.participants.works.values():
-                if work.state is WorkState.PREPARED and not work.is_busy:
+                # Where a last resource decides, the log has nothing to tell.
+                if work.state is WorkState.PREPARED and not work.is_busy and not work.decider_tag:
                     self._start(self._ask_people_gen(work))
         for work in self.participants.due():
             self._start(self.participants.inquire_gen(work))
