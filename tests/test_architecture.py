@@ -53,6 +53,19 @@ PURE = [
             "links",
         )
     ),
+    *(
+        PACKAGE / "txn" / f"{name}.py"
+        for name in (
+            "branches",
+            "commit",
+            "gtid",
+            "members",
+            "participant",
+            "recovery",
+            "service",
+            "transaction",
+        )
+    ),
 ]
 IMPURE_MODULES = {
     *(
