@@ -202,6 +202,15 @@ def test_what_cannot_be_hosted_is_refused(cluster: coordlib.Cluster, shelf: Shel
         cluster.service("")
 
 
+def test_a_client_of_a_cluster_that_is_named_local_keeps_its_promises_on_a_disk() -> None:
+    """Only `coordlib.local()` may keep them in memory; a name says nothing."""
+    secret, endpoint = "a secret that is long enough for this", "memory://named-local"
+    member = coordlib.Cluster("local", node="n1", members={"n1": endpoint}, secret=secret, transport="memory")
+    client = coordlib.connect(endpoint, cluster="local", secret=secret, transport="memory")
+    with member, client, pytest.raises(ConfigError, match="directory"):
+        client.participant("till")(Shelf(client))
+
+
 def test_services_of_other_processes_take_part(make_trio: Callable[..., Trio], tmp_path: Path) -> None:
     """Hosted by one member and by a client, called by another member; the client's restart keeps its promise."""
     trio = make_trio()
