@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", default="/var/tmp")
     options = parser.parse_args(arguments)
     # Justification: only who has the servers installed runs this.
-    from tests.txn.servers import PostgreSQLServer, ServerMissing
+    from coordlib.testing.databases import PostgreSQLServer, ServerMissing
 
     try:
         servers = {

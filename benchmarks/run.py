@@ -344,7 +344,7 @@ class Bench:
         """tx_decided, tx_applied, tx_8_threads: two PostgreSQL databases, beside the same by hand without a coordinator"""
         # Justification: only who has the drivers and the servers measures this.
         from benchmarks.transacting import create_accounts
-        from tests.txn.servers import PostgreSQLServer, ServerMissing
+        from coordlib.testing.databases import PostgreSQLServer, ServerMissing
 
         try:
             servers = [PostgreSQLServer(fsync="on", max_prepared_transactions=100) for _ in range(2)]

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import pytest
 
+from coordlib.testing.databases import DatabaseServer, MariaDBServer, PostgreSQLServer, ServerMissing
 from coordlib.txn.gtid import BranchName, GtidMinter, cluster_tag, node_tag, resource_tag
-from tests.txn.servers import DatabaseServer, MariaDBServer, PostgreSQLServer, ServerMissing
 
 S = TypeVar("S", bound=DatabaseServer)
 

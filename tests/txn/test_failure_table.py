@@ -32,11 +32,11 @@ from coordlib.errors import HeuristicOutcome, TransactionAborted
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import OpGen, Step
+from coordlib.testing.databases import PostgreSQLServer
 from coordlib.txn.branches import Vote
 from coordlib.txn.resources import PostgreSQL
 from coordlib.txn.resources.postgresql import PostgreSQLBranch
 from coordlib.wire.messages import RequestKind
-from tests.txn.servers import PostgreSQLServer
 
 pytestmark = pytest.mark.timeout(170)
 

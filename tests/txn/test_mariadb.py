@@ -12,6 +12,7 @@ import pytest
 from pymysql.cursors import DictCursor
 
 from coordlib.errors import ConfigError, FlavourError, InvariantViolation, UsageError
+from coordlib.testing.databases import MariaDBServer
 from coordlib.txn.branches import (
     AsyncBranch,
     Branch,
@@ -27,7 +28,6 @@ from coordlib.txn.gtid import BranchName, cluster_tag, join_gtid, node_tag
 from coordlib.txn.resources.common import ResourceBusy
 from coordlib.txn.resources.mariadb import MARKER_TABLE, MariaDB, MariaDBBranch
 from tests.txn.conftest import Names
-from tests.txn.servers import MariaDBServer
 
 T = TypeVar("T")
 if TYPE_CHECKING:

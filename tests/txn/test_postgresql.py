@@ -15,6 +15,7 @@ from psycopg.rows import dict_row
 
 from coordlib.errors import ConfigError, FlavourError, InvariantViolation, UsageError
 from coordlib.node import polling
+from coordlib.testing.databases import PostgreSQLServer
 from coordlib.txn.branches import (
     AsyncBranch,
     Branch,
@@ -32,7 +33,6 @@ from coordlib.txn.resources import postgresql
 from coordlib.txn.resources.common import ResourceBusy, polled
 from coordlib.txn.resources.postgresql import AsyncPostgreSQLBranch, PostgreSQL, PostgreSQLBranch
 from tests.txn.conftest import Names
-from tests.txn.servers import PostgreSQLServer
 
 
 @pytest.fixture

@@ -1,8 +1,17 @@
 """Real database servers for tests: from installed binaries, in throw-away directories, reached over Unix sockets.
 
-Nothing is shared with a server that the machine may run already: own directory, own socket, no TCP port, no
-configuration file read. Run by root, a server runs as the unprivileged user its package made, else as `nobody`.
-A server dies with the process that started it, however that one ends.
+::
+
+    with PostgreSQLServer() as server:
+        orders = cluster.resource(PostgreSQL("orders", server.dsn(), is_durable=False))
+
+    with MariaDBServer() as server:
+        stock = cluster.resource(MariaDB("stock", **server.options("shop"), is_durable=False))
+
+Nothing is shared with a server that the machine may run already: own directory, own socket, no TCP port, no configuration
+file read. Run by root, which servers refuse to be, a server runs as the unprivileged user its package made, else as `nobody`.
+A server is killed by the system when the thread that started it ends, however that happens; only who is killed himself leaves
+the directory behind. Linux only.
 
 What survives a `kill` is what a server survives when its process dies: the operating system goes on. So servers do not
 wait for the disk, which they would ask often; resources over them say `is_durable=False`.
@@ -12,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import pwd
 import re
@@ -25,45 +35,67 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from coordlib.errors import CoordError, StartError, UsageError
+
 __all__ = ["DatabaseServer", "MariaDBServer", "PostgreSQLServer", "ServerMissing"]
 
 _START_S = 60.0
 _STOP_S = 30.0
+_PARENT_CHARACTERS_MAX = 60
+"""Of the directory that holds a server's own: the path of a Unix socket has room for 107 bytes."""
+_FOLDERS = ("/usr/sbin", "/usr/local/sbin")
+"""Looked into after the PATH: servers are kept off that of ordinary users."""
+_DEBIAN = Path("/usr/lib/postgresql")
 _PR_SET_PDEATHSIG = 1
 _IPC_RMID = 0
 _LIBC = ctypes.CDLL(None)
 
 
-class ServerMissing(Exception):
-    """The binaries of a server are not installed; the message names the package."""
+class ServerMissing(CoordError):
+    """The binaries of a server, or its driver, are not installed; the message is one line that says what to install."""
+
+    code = "server-missing"
 
 
 class DatabaseServer:
     """
     One server process and its directory: `start`, `kill` as a crash does, `start` again, `close`.
 
-    `close()` stops the process and removes the directory; it is safe to call twice.
+    What the two kinds have in common. Constructing makes the directory and in it an empty database; `with` starts, and closes
+    at its end. Not for several threads at once.
+
+    Raises:
+        ServerMissing: From the constructor; nothing was made.
+        StartError: From the constructor and from `start`, with the end of the server's log; nothing runs.
+
+    .. versionadded:: 0.1
     """
 
     users: tuple[str, ...] = ()
+    """As whom a server runs that root starts: the first of these that there is, else `nobody`."""
     stop_signal: signal.Signals = signal.SIGTERM
+    """Asks the server to end without waiting for its clients."""
 
     def __init__(self) -> None:
         self._user = _unprivileged(self.users)
-        # Short: the path of a Unix socket has room for 107 bytes, and pytest's own directories take most of it.
-        self.directory = Path(tempfile.mkdtemp(prefix="coordlib-db-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="coordlib-db-", dir=_parent_directory(self._user)))
+        """The server's own: its data, its socket and `server.log`."""
         self._process: subprocess.Popen[bytes] | None = None
         self._log = self.directory / "server.log"
-        if self._user is not None:
-            os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
         try:
+            if self._user is not None:
+                os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
             self._create()
         except BaseException:
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +103,13 @@ class DatabaseServer:
 
     @property
     def socket(self) -> Path:
+        """The Unix socket that the server listens at while it runs."""
         raise NotImplementedError
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process that `start` made is alive."""
+        return self._process is not None and self._process.poll() is None
 
     def _create(self) -> None:
         raise NotImplementedError
@@ -86,39 +124,64 @@ class DatabaseServer:
         """Free what a killed server leaves outside of its directory."""
 
     def start(self) -> None:
-        """Return when the server answers. Raises RuntimeError with the end of its log if it does not come up."""
-        assert self._process is None, "the server runs already"
+        """
+        Return when the server answers.
+
+        Interrupted (Ctrl-C), it leaves no process behind.
+
+        Raises:
+            StartError: It does not come up: with the end of its log.
+            UsageError: It runs already, or has been closed.
+        """
+        if self._process is not None or not self.directory.exists():
+            state = "is closed: make another" if self._process is None else "runs already"
+            raise UsageError(f"this {type(self).__name__} {state}")
         with self._log.open("ab") as log:
             self._process = self._spawn(self._command(), log.fileno())
+        try:
+            self._await_answer(self._process)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _await_answer(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _START_S
         while not self._is_ready():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                text = self._log.read_text(errors="replace")[-4000:]
-                self.kill()
-                raise RuntimeError(f"{type(self).__name__} did not start:\n{text}")
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise StartError(f"{type(self).__name__} did not start:\n{self._log_end()}")
             time.sleep(0.01)  # between two questions; what is waited for is the answer
 
+    def _log_end(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
+
     def kill(self) -> None:
-        """Kill every process of the server at once, as a crash does. Returns when all are gone."""
-        process, self._process = self._process, None
+        """Kill every process of the server at once, as a crash does. Returns when all are gone; safe to call twice."""
+        process = self._process
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
+        family: list[int] = []
+        if process.poll() is None:  # else its number may be another's by now
             os.kill(process.pid, signal.SIGSTOP)  # starts no further children
-        family = [*_children(process.pid), process.pid]
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            family = [*_children(process.pid), process.pid]
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         process.wait(_STOP_S)
         _wait_until(lambda: not any(_is_alive(pid) for pid in family))
+        self._process = None
 
     def restart(self) -> None:
-        """Crash and come back."""
+        """
+        Crash and come back.
+
+        Raises:
+            StartError: It does not come back.
+        """
         self.kill()
         self.start()
 
     def close(self) -> None:
-        """Stop, and leave nothing behind."""
+        """Stop, and leave nothing behind: no process, no file, no shared memory. Safe to call twice."""
         process = self._process
         if process is not None:
             process.send_signal(self.stop_signal)
@@ -155,20 +218,34 @@ class DatabaseServer:
 
     def _run(self, command: list[str]) -> None:
         with self._log.open("ab") as log:
-            code = self._spawn(command, log.fileno()).wait(_START_S)
+            self._process = self._spawn(command, log.fileno())
+        try:
+            code = self._process.wait(_START_S)
+        finally:
+            self.kill()  # what was interrupted, or takes too long
         if code:
-            raise RuntimeError(
-                f"{command[0]} failed ({code}):\n{self._log.read_text(errors='replace')[-4000:]}"
-            )
+            raise StartError(f"{command[0]} failed ({code}):\n{self._log_end()}")
 
 
 class PostgreSQLServer(DatabaseServer):
-    """A PostgreSQL server with the superuser `coordlib`; `settings` go to its command line."""
+    """
+    A PostgreSQL server: the newest one installed, reached through psycopg, with the superuser `coordlib` and no passwords.
+
+    Args:
+        settings: Of the server, over those chosen here (`max_prepared_transactions=16`, `fsync="off"`).
+
+    Raises:
+        ServerMissing: PostgreSQL or psycopg is not installed.
+        StartError: initdb failed.
+
+    .. versionadded:: 0.1
+    """
 
     users = ("postgres",)
     stop_signal = signal.SIGINT  # "fast": does not wait for clients
 
     def __init__(self, **settings: str | int) -> None:
+        _need_driver("psycopg", extra="postgresql")
         self._binaries = _postgresql_binaries()
         self._settings: dict[str, str | int] = {
             "max_prepared_transactions": 16,
@@ -190,6 +267,7 @@ class PostgreSQLServer(DatabaseServer):
 
     @property
     def socket(self) -> Path:
+        """Where the server listens while it runs."""
         return self.directory / ".s.PGSQL.5432"
 
     def _clean_up(self) -> None:
@@ -208,15 +286,28 @@ class PostgreSQLServer(DatabaseServer):
         return True
 
     def dsn(self, database: str = "postgres", user: str = "coordlib") -> str:
+        """What `psycopg.connect` and the resource `PostgreSQL` are called with. The database must be there."""
         return f"host={self.directory} dbname={database} user={user}"
 
 
 class MariaDBServer(DatabaseServer):
-    """A MariaDB server with the administrator `root` without a password."""
+    """
+    A MariaDB server, reached through PyMySQL, with the administrator `root` without a password.
+
+    Args:
+        options: Of the server's command line, after those chosen here: `"--binlog-format=ROW"`.
+
+    Raises:
+        ServerMissing: MariaDB or PyMySQL is not installed.
+        StartError: Its data directory could not be made.
+
+    .. versionadded:: 0.1
+    """
 
     users = ("mysql",)
 
     def __init__(self, *options: str) -> None:
+        _need_driver("pymysql", extra="mariadb")
         self._server = _binary("mariadbd", "mysqld", package="mariadb-server")
         self._installer = _binary("mariadb-install-db", "mysql_install_db", package="mariadb-server")
         self._options = options
@@ -245,6 +336,7 @@ class MariaDBServer(DatabaseServer):
 
     @property
     def socket(self) -> Path:
+        """Where the server listens while it runs."""
         return self.directory / "socket"
 
     def _is_ready(self) -> bool:
@@ -264,7 +356,7 @@ class MariaDBServer(DatabaseServer):
         return True
 
     def options(self, database: str | None = None, user: str = "root") -> dict[str, Any]:
-        """What `pymysql.connect` is called with."""
+        """What `pymysql.connect` and the resource `MariaDB` are called with. The database must be there."""
         return {"unix_socket": str(self.socket), "user": user, "database": database}
 
 
@@ -277,8 +369,27 @@ def _unprivileged(names: tuple[str, ...]) -> pwd.struct_passwd | None:
     raise ServerMissing("root may not run a database server, and there is no unprivileged user to run it as")
 
 
+def _parent_directory(user: pwd.struct_passwd | None) -> str:
+    """The first of the places for temporary files that `user` can reach and that leaves a socket's path short enough."""
+    for name in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        place = Path(name).resolve()
+        if len(str(place)) > _PARENT_CHARACTERS_MAX or not place.is_dir():
+            continue
+        if user is None or all(folder.stat().st_mode & 0o001 for folder in (place, *place.parents)):
+            return str(place)
+    raise StartError(
+        f"no place for a database server: $TMPDIR must be at most {_PARENT_CHARACTERS_MAX} characters long, for the socket, "
+        "and open to other users if root starts the server"
+    )
+
+
+def _need_driver(module: str, *, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ServerMissing(f"{module} is not installed: pip install 'coordlib[{extra}]'")
+
+
 def _binary(*names: str, package: str) -> str:
-    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
+    path = os.pathsep.join((os.environ.get("PATH", ""), *_FOLDERS))
     for name in names:
         found = shutil.which(name, path=path)
         if found is not None:
@@ -292,7 +403,7 @@ def _postgresql_binaries() -> Path:
     def version(folder: Path) -> tuple[int, ...]:
         return tuple(int(number) for number in re.findall(r"\d+", str(folder)))
 
-    for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=version, reverse=True):
+    for folder in sorted(_DEBIAN.glob("*/bin"), key=version, reverse=True):
         if (folder / "initdb").exists():
             return folder
     return Path(_binary("initdb", package="postgresql")).resolve().parent
