@@ -295,13 +295,16 @@ def test_limits_only_ever_shorten_and_are_put_back(
     options: dict[str, Any], stock: MariaDB, names: Names, look: Connection
 ) -> None:
     """The application's own are shorter, or there again afterwards; so are its connection's other settings."""
-    question = "SELECT @@innodb_lock_wait_timeout AS a, @@lock_wait_timeout AS b, @@max_statement_time AS c"
+    question = (
+        "SELECT @@innodb_lock_wait_timeout AS a, @@lock_wait_timeout AS b, @@max_statement_time AS c, "
+        "@@wait_timeout AS d"
+    )
     with _connect(options, cursorclass=DictCursor) as own:
         _sql(own, "SET innodb_lock_wait_timeout = 3")
         before = _sql(own, question)
         own.commit()
         branch = stock.enlist(own, names.gtid(), names.bqual("stock"), names.remaining_s)
-        assert _sql(own, question) == [{"a": 3, "b": 30, "c": 30.0}]
+        assert _sql(own, question) == [{"a": 3, "b": 30, "c": 30.0, "d": 30}]
         _sql(own, "INSERT INTO account VALUES ('a', 1)")
         branch.prepare()
         branch.commit()
@@ -374,6 +377,25 @@ def test_another_process_finishes_what_a_dead_one_prepared(
         assert elsewhere.finish(found, True) is Finish.ALREADY
     assert _rows(look) == ["a"]
     branch.commit()  # the first process was only slow: it finds it done
+
+
+def test_a_process_that_stands_still_keeps_its_branch_no_longer_than_its_time(
+    options: dict[str, Any], stock: MariaDB, names: Names, look: Connection
+) -> None:
+    """The server ends the session, and others can finish what is prepared; the process itself finds that done."""
+    names.remaining = 2.0
+    branch = _written(stock, names)
+    branch.prepare()
+    with contextlib.closing(MariaDB("stock", **options)) as elsewhere:
+        elsewhere.open(names.cluster)
+        (found,) = elsewhere.prepared()
+        with pytest.raises(ResourceBusy):
+            elsewhere.finish(found, True)
+        assert _until_detached(lambda: elsewhere.finish(found, True)) is Finish.DONE
+    assert _rows(look) == ["a"]
+    with pytest.raises(pymysql.OperationalError):
+        branch.commit()
+    branch.commit()
 
 
 def test_only_ours_are_found(options: dict[str, Any], stock: MariaDB, names: Names, look: Connection) -> None:

@@ -13,8 +13,9 @@ What has to be watched, and is:
 * A statement that fails is rolled back alone, and the transaction goes on. As a NO is what a swallowed error means in
   this library, the connection's results are watched; going back to a savepoint from before the error heals it.
 * The server does not tell that nothing was written: its counters of written rows are compared.
-* Statements and waits for locks end with the transaction's time. These are settings of the session, put back for a
-  connection of the application's.
+* Statements and waits for locks end with the transaction's time, and so does a session that hears nothing for so long: as
+  nobody else can end what is prepared on it, a process that is cut off from the cluster, or stands still, would keep it
+  locked. These are settings of the session, put back for a connection of the application's.
 * Before 10.5 a prepared branch was rolled back with its connection: refused. Tables without transactions (MyISAM,
   Aria) keep what was written to them whatever is decided; nothing can be done about that here.
 """
@@ -93,7 +94,7 @@ _WRITES: Final = (
 )
 _SESSION: Final = (
     "SELECT GET_LOCK(%s, 0), @@in_transaction, "
-    "@@innodb_lock_wait_timeout, @@lock_wait_timeout, @@max_statement_time"
+    "@@innodb_lock_wait_timeout, @@lock_wait_timeout, @@max_statement_time, @@wait_timeout"
 )
 
 
@@ -103,6 +104,7 @@ class _Limits(NamedTuple):
     row_lock_s: int
     table_lock_s: int
     statement_s: float  # 0: none
+    idle_s: int
 
 
 class MariaDB(ResourceBase):
@@ -417,6 +419,7 @@ class MariaDBBranch:
             min(self._limits.row_lock_s, budget),
             min(self._limits.table_lock_s, budget),
             min(float(self._limits.statement_s) or budget, max(remaining_s(), 0.001)),
+            min(self._limits.idle_s, budget),
         )
         self._set(wanted)
         self._writes_before = _row(connection, _WRITES)[0]
@@ -587,7 +590,8 @@ class MariaDBBranch:
     def _set(self, limits: _Limits, more: str = "", *parameters: str) -> None:
         _execute(
             self._connection,
-            f"SET innodb_lock_wait_timeout = %s, lock_wait_timeout = %s, max_statement_time = %s{more}",
+            "SET innodb_lock_wait_timeout = %s, lock_wait_timeout = %s, max_statement_time = %s, wait_timeout = %s"
+            + more,
             (*limits, *parameters),
         )
 
