@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from coordlib.testing.history import HistoryWriter, Operation, load
 from coordlib.testing.nemesis.faults import FAULTS, Effect, ring
-from coordlib.testing.nemesis.network import links_between
+from coordlib.testing.nemesis.network import Seen, links_between
 from coordlib.testing.nemesis.proxy import ProxyNetwork
 from coordlib.testing.nemesis.run import Outcome
 from coordlib.testing.nemesis.shim import Shim, ShimError, build
@@ -205,6 +206,43 @@ def _through_proxy(test: Callable[[ProxyNetwork, Ends, Ends], Awaitable[None]]) 
                 writer.close()
             server.close()
             await network.close()
+
+    asyncio.run(main())
+
+
+def test_a_proxy_stands_between_a_process_and_a_server_on_a_unix_socket(tmp_path: Path) -> None:
+    """A server that is cut off hears nothing; afterwards the connection that lost bytes is ended."""
+
+    async def main() -> None:
+        own = str(tmp_path / "server")
+        network = ProxyNetwork(["a"], ["b"], {"store": own})
+        await network.open()
+        arrived: asyncio.Queue[Ends] = asyncio.Queue()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await arrived.put((reader, writer))
+
+        server = await asyncio.start_unix_server(accept, own)
+        reader, writer = await asyncio.open_unix_connection(network.socket("b", "store"))
+        back_reader, back_writer = await arrived.get()
+        try:
+            writer.write(b"one")
+            assert await back_reader.readexactly(3) == b"one"
+            await network.cut({("b", "store")})
+            writer.write(b"two")
+            back_writer.write(b"three")
+            assert await reader.readexactly(5) == b"three"
+            while not network.kept_bytes("b", "store"):
+                await asyncio.sleep(0)
+            assert await network.heal() == Seen(3, "bytes cut off")
+            with contextlib.suppress(ConnectionError):
+                assert await back_reader.read() == b""
+        finally:
+            for each in (writer, back_writer):
+                each.close()
+            server.close()
+            await network.close()
+        assert not os.path.exists(network.socket("b", "store"))
 
     asyncio.run(main())
 

@@ -2,16 +2,21 @@
 
 Needs nothing but loopback. A connection is known by who opened it to whom, so each direction between two processes
 can be treated by itself. A client that is told of members by a member may use that member's ways to them.
+
+Servers that listen on a Unix socket (databases) can be among them: each process reaches one through a socket of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
+import shutil
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from coordlib.testing.nemesis.network import Link, Seen
@@ -72,11 +77,20 @@ class _Connection:
 
 
 class ProxyNetwork:
-    """See `coordlib.testing.nemesis.network.Network`."""
+    """
+    See `coordlib.testing.nemesis.network.Network`.
 
-    def __init__(self, members: Sequence[str], clients: Sequence[str]) -> None:
+    Args:
+        servers: By name, the Unix socket that each listens on.
+    """
+
+    def __init__(
+        self, members: Sequence[str], clients: Sequence[str], servers: Mapping[str, str] | None = None
+    ) -> None:
         self._members = list(members)
-        names = [*members, *clients]
+        self._servers = dict(servers or {})
+        self._directory = ""
+        names = [*members, *clients, *self._servers]
         self._directions = {(a, b): _Direction() for a in names for b in names if a != b}
         self._listeners: dict[Link, asyncio.Server] = {}
         self._ports: dict[Link, int] = {}
@@ -97,6 +111,13 @@ class ProxyNetwork:
                 )
                 self._listeners[opener, target] = server
                 self._ports[opener, target] = server.sockets[0].getsockname()[1]
+            elif target in self._servers and opener not in self._servers:
+                # Short: the path of a Unix socket has room for 107 bytes.
+                self._directory = self._directory or tempfile.mkdtemp(prefix="coordlib-net-")
+                path = self.socket(opener, target)
+                os.mkdir(os.path.dirname(path))
+                accept = functools.partial(self._accept, (opener, target))
+                self._listeners[opener, target] = await asyncio.start_unix_server(accept, path)
         for name in self._members:
             self._own[name] = _listening_port(set(self._own.values()))
 
@@ -108,6 +129,13 @@ class ProxyNetwork:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def socket(self, seen_from: str, server: str) -> str:
+        """The Unix socket by which a process reaches a server; its last part is that of the server's own."""
+        name = os.path.basename(self._servers[server])
+        return os.path.join(self._directory, f"{seen_from}-{server}", name)
 
     def endpoints(self, seen_from: str) -> dict[str, str]:
         return {
@@ -125,7 +153,11 @@ class ProxyNetwork:
         task.add_done_callback(self._tasks.discard)
         opener, target = link
         try:
-            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._own[target])
+            if target in self._servers:
+                ends = await asyncio.open_unix_connection(self._servers[target])
+            else:
+                ends = await asyncio.open_connection("127.0.0.1", self._own[target])
+            back_reader, back_writer = ends
         except OSError:
             writer.transport.abort()
             return
