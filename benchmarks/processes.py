@@ -15,6 +15,7 @@ from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.links import Links
 from coordlib.wire.keys import generate_secret
 
 __all__ = ["Application", "Fleet", "free_ports"]
@@ -130,6 +131,8 @@ class Fleet:
 
     Args:
         environment: What is added to the environment of the process of this name.
+        program: What members run; see `Application`.
+        links: What they reach each other through; it knows the members by "n1", "n2" and so on.
     """
 
     def __init__(
@@ -139,6 +142,8 @@ class Fleet:
         members: int = 3,
         face: str = "threads",
         environment: Callable[[str], Mapping[str, str]] = lambda _: {},
+        program: str = "benchmarks.application",
+        links: Links | None = None,
         **settings: Any,
     ) -> None:
         self._directory = tempfile.mkdtemp(prefix="coordlib-bench-", dir=directory)
@@ -146,8 +151,16 @@ class Fleet:
         self._environment = environment
         self._settings = settings
         self.secret = generate_secret(os.urandom)
-        ports = free_ports(members)
-        self.endpoints = {f"n{number + 1}": f"tcp://127.0.0.1:{port}" for number, port in enumerate(ports)}
+        self._program = program
+        self._links = links
+        names = [f"n{number + 1}" for number in range(members)]
+        if links is None:
+            ports = free_ports(members)
+            self.endpoints = {
+                name: f"tcp://127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)
+            }
+        else:
+            self.endpoints = {name: links.endpoints(name)[name] for name in names}  # where they listen
         self.members: dict[str, Application] = {}
         self._clients: list[Application] = []
 
@@ -180,13 +193,15 @@ class Fleet:
     def _member(self, name: str) -> Application:
         arguments = {
             "node": name,
-            "members": self.endpoints,
+            "members": self.endpoints if self._links is None else self._links.endpoints(name),
             "secret": self.secret,
             "data_dir": os.path.join(self._directory, name),
             **self._settings,
         }
         given = {"kind": "member", "face": self._face, "positional": ["bench"], "arguments": arguments}
-        return Application(name, given, self._log_path(name), environment=self._environment(name))
+        return Application(
+            name, given, self._log_path(name), program=self._program, environment=self._environment(name)
+        )
 
     def _log_path(self, name: str) -> str:
         return os.path.join(self._directory, f"{name}.log")
