@@ -252,6 +252,9 @@ class Participants:
             return _ended() if ended.is_committed else Answer(Status.REFUSED, "it was rolled back")
         if wish.verb == Verb.ABORT:
             return Answer(Status.REFUSED, "it was committed") if ended.is_committed else _ended()
+        if wish.verb == Verb.COMMIT_1P and ended.answer.status == Status.ENDED:
+            # It could only prepare then, and has been told the outcome since.
+            return _ended() if ended.is_committed else Answer(Status.NO, "it was rolled back")
         if wish.seq == ended.seq:
             return ended.answer
         return Answer(Status.NO if wish.verb == Verb.PREPARE else Status.REFUSED, "it has ended")

@@ -18,7 +18,7 @@ from coordlib.txn.recovery import recover_gen
 from coordlib.txn.service import Answer, RemoteMember, Status, Verb, Wish, decode_answer, decode_wish
 from coordlib.txn.transaction import Decided
 from coordlib.wire.messages import RequestKind
-from tests.txn.model import Choices, Crashed, World, explore
+from tests.txn.model import Choices, Crashed, ModelBranch, World, explore
 
 
 class Shelf:
@@ -365,3 +365,42 @@ def test_only_one_thing_of_a_branch_is_under_way(world: Services) -> None:
     assert answer.status in (Status.RETURNED, Status.READ)
     assert site.participants.works == {}
     assert ask(world, wish(Verb.PREPARE, 2)).status == Status.NO
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_one_that_could_only_prepare_is_not_called_committed_when_it_was_rolled_back(
+    world: Services, is_committed: bool
+) -> None:
+    """
+    Its answer to COMMIT_1P (a promise, as it has two branches) was lost, and it was told the outcome before it is asked
+    again: that it has ended says nothing of how.
+    """
+
+    def execute(work: Work, operation: str, payload: bytes) -> Do:
+        def run() -> bytes:
+            for store in world.stores:
+                work.enlist(ModelBranch(world, store, work.name_branch(store.tag)))
+            return b""
+
+        return Do(run)
+
+    def told(verb: Verb, seq: int) -> Answer:
+        operation = participants.handle_gen(wish(verb, seq, world.gtid), 5000, execute)
+        answer: Answer = run_here(world, operation)
+        return answer
+
+    participants = world.sites["shelf"].participants
+    assert told(Verb.CALL, 1).status == Status.RETURNED
+    assert told(Verb.COMMIT_1P, 2).status == Status.VOTED
+    if is_committed:
+        world.apply(world.session, commands.tx_decide(world.gtid))
+    assert told(Verb.COMMIT if is_committed else Verb.ABORT, 2).status == Status.ENDED
+    assert told(Verb.COMMIT_1P, 2).status == (Status.ENDED if is_committed else Status.NO)
+
+
+def test_what_was_rolled_back_says_so_when_it_is_to_commit(world: Services) -> None:
+    """Its time was over: whoever wants it committed in one phase is told that it was not, and is left in no doubt."""
+    ask(world, wish(Verb.CALL, 1))
+    world.driver.now_ms += 5001
+    world.inquire()
+    assert ask(world, wish(Verb.COMMIT_1P, 2)).status == Status.NO
