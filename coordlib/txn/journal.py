@@ -28,6 +28,7 @@ from coordlib.txn.branches import BranchFailed, BranchHeuristic, Finish, Prepare
 from coordlib.txn.gtid import BranchName, resource_tag
 
 __all__ = [
+    "BranchBusy",
     "Handler",
     "Journal",
     "JournalBranch",
@@ -247,8 +248,15 @@ class SqliteJournal:
             self._connection.close()
 
 
+class BranchBusy(Exception):
+    """What is decided is being carried out on another thread: ask again."""
+
+
 class Handler(Protocol):
-    """What a service without a database of its own is asked at the end of a transaction. All may block."""
+    """
+    What a service without a database of its own is asked at the end of a transaction. All may block; they are called on
+    any thread, several at a time, but never two for the same transaction.
+    """
 
     def prepare(self, work: object) -> bytes | None:
         """
@@ -279,6 +287,8 @@ class JournalResource:
         self.service = service
         self.journal = journal
         self.handler = handler
+        self._lock = threading.Lock()
+        self._obeying: set[tuple[bytes, bytes]] = set()  # given to the handler, on whatever thread
 
     def start(self) -> None:
         """
@@ -301,16 +311,34 @@ class JournalResource:
             Exception: Of the handler or the journal.
         """
         for record in self.journal.records(self.service):
-            if record.state != JournalState.PREPARED:
+            if record.state != JournalState.PREPARED and (record.gtid, record.bqual) not in self._obeying:
                 self.obey(record)
 
     def obey(self, record: Record) -> None:
-        """The outcome is durable: let the handler have it, then forget it."""
-        if record.state == JournalState.COMMITTED:
-            self.handler.commit(record.redo)
-        else:
-            self.handler.abort(record.redo)
-        self.journal.remove(record.gtid, record.bqual)
+        """
+        The outcome is durable: let the handler have it, then forget it.
+
+        Raises:
+            BranchBusy: The handler has it already, on another thread.
+            Exception: Of the handler or the journal; it is to be obeyed again.
+        """
+        key = record.gtid, record.bqual
+        with self._lock:
+            if key in self._obeying:
+                # Handlers need not bear the same thing twice at once: one that looks, and then acts, would do it twice.
+                raise BranchBusy(f"service {self.service!r} is at work on it")
+            self._obeying.add(key)
+        try:
+            if self.journal.get(*key) is None:
+                return  # it has obeyed since it was looked up
+            if record.state == JournalState.COMMITTED:
+                self.handler.commit(record.redo)
+            else:
+                self.handler.abort(record.redo)
+            self.journal.remove(*key)
+        finally:
+            with self._lock:
+                self._obeying.discard(key)
 
     def holds(self, bqual: bytes) -> bool:
         name = BranchName.unpack(bqual)

@@ -11,6 +11,7 @@ import pytest
 from coordlib.errors import StorageCorrupt, StorageFailed
 from coordlib.txn.branches import BranchFailed, Finish, PreparedBranch, Vote
 from coordlib.txn.journal import (
+    BranchBusy,
     Journal,
     JournalBranch,
     JournalResource,
@@ -281,3 +282,42 @@ def test_a_reservation_that_the_journal_could_not_keep_is_let_go_of(journal: Jou
         branch.prepare()
         branch.rollback()
         assert stock.reserved == set()
+
+
+class Slow(Stock):
+    """While it sells, another thread looks for what is decided, and a third one is told to commit the same."""
+
+    resource: JournalResource
+
+    def __init__(self) -> None:
+        super().__init__(set())
+        self.commits = 0
+
+    def commit(self, redo: bytes) -> None:
+        self.commits += 1
+        self.resource.obey_again()
+        with pytest.raises(BranchBusy):
+            self.resource.finish(PreparedBranch(GTID, BQUAL, ""), True)
+        super().commit(redo)
+
+
+def test_a_handler_never_has_the_same_twice_at_once(journal: Journal) -> None:
+    """Idempotent is enough: it need not be safe against itself. Whoever comes second asks again, and it is done."""
+    stock = Slow()
+    stock.resource = resource = JournalResource("inventory", journal, stock)
+    journal.add(RECORD)
+    branch = PreparedBranch(GTID, BQUAL, "")
+    assert resource.finish(branch, True) is Finish.DONE
+    assert resource.finish(branch, True) is Finish.ALREADY
+    assert (stock.commits, stock.sold) == (1, {b"redo"})
+
+
+def test_what_was_obeyed_since_it_was_looked_up_is_not_obeyed_again(journal: Journal) -> None:
+    """Two looked it up; the second comes when the first is through."""
+    stock = Slow()
+    stock.resource = resource = JournalResource("inventory", journal, stock)
+    decided = RECORD._replace(state=JournalState.COMMITTED)
+    journal.add(decided)
+    resource.obey(decided)
+    resource.obey(decided)
+    assert stock.commits == 1
