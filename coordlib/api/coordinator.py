@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from coordlib.api.crew import Crew
-from coordlib.errors import ClusterClosed, CoordError, FatalError, ForkedError, UsageError
+from coordlib.errors import ClusterClosed, CoordError, FatalError, ForkedError, NoQuorum, UsageError
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import FOREVER_MS, OpGen, Step
@@ -44,6 +44,7 @@ LEFT_MAX: Final = 10_000
 """Transactions left to be finished at once; more are left to searches of the resources, which find them, too."""
 
 LATER_MAX: Final = 32
+SESSION_PAUSE_SECONDS: Final = 0.02
 TELLERS: Final = 8
 HELPERS: Final = 8
 
@@ -103,13 +104,33 @@ class Coordinator:
     # -- names
 
     def name_gen(self) -> OpGen[tuple[bytes, int]]:
-        """A new gtid, and the estimate of log time that is in it. Asks the cluster the first time only."""
+        """
+        A new gtid, and the estimate of log time that is in it. Asks the cluster the first time only.
+
+        Raises:
+            NoQuorum: It does not answer in time, or the session has ended and no other could be opened.
+        """
+        session = yield from self._session_gen()
         while not (estimate := self._estimate_ms()):
             yield from self._learn_time_gen()
         with self._lock:
-            gtid = self._minter.mint(estimate, self._session())
+            gtid = self._minter.mint(estimate, session)
             self._live[gtid] = 1
         return gtid, estimate
+
+    def _session_gen(self) -> OpGen[int]:
+        """
+        The present session, which makes names unique: without one, two processes could mint the same.
+
+        Raises:
+            NoQuorum: The last one has ended, and none could be opened in time.
+        """
+        by = monotonic_ms() + self.request_timeout_ms
+        while not (session := self._session()):
+            if monotonic_ms() >= by:
+                raise NoQuorum("this process has no session of the cluster now; nothing was begun")
+            yield Step.pause(SESSION_PAUSE_SECONDS)
+        return session
 
     def _learn_time_gen(self) -> OpGen[None]:
         deadline_ms = monotonic_ms() + self.request_timeout_ms

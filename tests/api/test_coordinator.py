@@ -10,12 +10,13 @@ from typing import Any, cast
 import pytest
 
 import coordlib
+from coordlib.errors import NoQuorum
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import FOREVER_MS, OpGen, Step
 from coordlib.txn.branches import Finish, PreparedBranch
-from coordlib.txn.gtid import BranchName, join_gtid, node_tag, resource_tag
+from coordlib.txn.gtid import BranchName, join_gtid, node_tag, resource_tag, session_of
 from coordlib.txn.journal import Handler, JournalResource, SqliteJournal
 from coordlib.wire.messages import RequestKind
 
@@ -155,3 +156,17 @@ def test_closing_leaves_nothing_to_be_forgotten(log: Log) -> None:
         coordinator.forget([(gtid, bqual("orders", 1))])
     coordinator.close(5, log.cluster._run)
     assert not any(map(log.pending, decided))
+
+
+def test_without_a_session_no_transaction_gets_a_name(log: Log) -> None:
+    """Two processes that have lost their sessions at once would give the same name to two transactions."""
+    coordinator = log.cluster._coordinator
+    session = coordinator._session()
+    found = iter([0, 0, session])
+    coordinator._session = lambda: next(found)
+    gtid, _ = log.cluster._run(coordinator.name_gen())
+    assert session_of(gtid) == session
+    coordinator._session = lambda: 0
+    coordinator.request_timeout_ms = 0
+    with pytest.raises(NoQuorum, match="no session"):
+        log.cluster._run(coordinator.name_gen())
