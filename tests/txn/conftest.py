@@ -54,7 +54,11 @@ class Names:
         return self._minter.mint(1_800_000_000_000, 77)
 
     def bqual(self, resource: str) -> bytes:
-        return BranchName(resource_tag(resource), node_tag("n1"), 1).pack()
+        return self.branch_of(resource_tag(resource))
+
+    def branch_of(self, tag: bytes) -> bytes:
+        """The bqual of a branch in the resource of this tag."""
+        return BranchName(tag, node_tag("n1"), 1).pack()
 
     def remaining_s(self) -> float:
         return self.remaining

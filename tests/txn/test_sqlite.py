@@ -41,7 +41,7 @@ def ledger(path: Path, names: Names) -> Iterator[SQLite]:
 
 
 def _begin(resource: SQLite, names: Names) -> SQLiteBranch:
-    return resource.begin(names.gtid(), names.bqual(resource.name), names.remaining_s)
+    return resource.begin(names.gtid(), names.branch_of(resource.tag), names.remaining_s)
 
 
 def _written(resource: SQLite, names: Names, name: str = "a") -> SQLiteBranch:
@@ -77,7 +77,7 @@ def test_it_decides(ledger: SQLite, path: Path, names: Names) -> None:
 
 def test_who_asks_first_decides(ledger: SQLite, path: Path, names: Names) -> None:
     """The answer "no" is a fence: the decision that comes later fails, whatever delayed it."""
-    gtid, bqual = names.gtid(), names.bqual("ledger")
+    gtid, bqual = names.gtid(), names.branch_of(ledger.tag)
     assert not ledger.outcome(gtid)
     branch = ledger.begin(gtid, bqual, names.remaining_s)
     branch.connection.execute("INSERT INTO entry VALUES ('a')")
@@ -344,3 +344,16 @@ def test_a_resource_that_was_not_opened_answers_nothing(tmp_path: Path, names: N
     """Not even a fence."""
     with pytest.raises(UsageError, match="not open"):
         SQLite("ledger", tmp_path / "ledger.db").outcome(names.gtid())
+
+
+def test_each_file_answers_for_itself_whatever_its_name(ledger: SQLite, tmp_path: Path, names: Names) -> None:
+    """
+    Every node has a file of its own under one name: the tag in the branches' names is of the file, so that nobody
+    in doubt asks one that knows nothing of it, and would forbid what another has decided.
+    """
+    with contextlib.closing(SQLite("ledger", tmp_path / "other.db")) as other:
+        other.open(names.cluster)
+        assert other.tag != ledger.tag
+    with contextlib.closing(SQLite("ledger", ledger._path)) as again:
+        again.open(names.cluster)
+        assert again.tag == ledger.tag

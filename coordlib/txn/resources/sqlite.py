@@ -5,6 +5,8 @@ asks `outcome`, which either finds the marker or leaves one that says "aborted" 
 
 What has to be watched, and is:
 
+* Whoever is in doubt must ask the very file that decided. A name says too little: every node may have a file of its own
+  under it. So the file holds a random identity, and the tag is of both.
 * The decision must outlive a loss of power. `synchronous` is set to FULL, or to EXTRA with the journal mode DELETE,
   whose last commit could come undone otherwise; lower settings and journals in memory are refused. So are databases in
   memory, and attached ones, with which a commit is not atomic in WAL mode.
@@ -27,13 +29,15 @@ from typing import Any, Final
 
 from coordlib.errors import ConfigError, UsageError, invariant
 from coordlib.txn.branches import BranchFailed, BranchUnknown, Finish, PreparedBranch, Vote
-from coordlib.txn.gtid import text_of
+from coordlib.txn.gtid import resource_tag, text_of
 from coordlib.txn.resources.common import Failures, IdleConnections, ResourceBase
 
 __all__ = ["MARKER_TABLE", "SQLite", "SQLiteBranch"]
 
 MARKER_TABLE: Final = "coordlib_tx"
+IDENTITY_TABLE: Final = "coordlib_identity"
 
+_IDENTITY_SIZE: Final = 8
 _FULL: Final = 2
 _EXTRA: Final = 3
 _FORGET_AT: Final = 100  # markers that are removed at the latest then; else with the next decision
@@ -143,7 +147,7 @@ class SQLite(ResourceBase):
 
     def open(self, cluster: bytes) -> None:
         """
-        See whether the database can keep a decision; make the table of markers.
+        See whether the database can keep a decision; make the tables of markers and of its identity, and learn that.
 
         Raises:
             ConfigError: It cannot; the message names the setting.
@@ -156,11 +160,25 @@ class SQLite(ResourceBase):
                     f"CREATE TABLE IF NOT EXISTS {MARKER_TABLE} (gtid BLOB PRIMARY KEY, is_committed INTEGER NOT NULL) "
                     "WITHOUT ROWID"
                 )
+                identity = self._learn_identity(connection)
         except BaseException:
             connection.close()
             raise
         self._cluster = cluster
+        self._tag = resource_tag(f"{self.name} {identity.hex()}")
         self._idle.give(connection)
+
+    @staticmethod
+    def _learn_identity(connection: _Connection) -> bytes:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {IDENTITY_TABLE} (id BLOB NOT NULL)")
+        connection.execute(
+            f"INSERT INTO {IDENTITY_TABLE} SELECT randomblob(?) WHERE NOT EXISTS (SELECT 1 FROM {IDENTITY_TABLE})",
+            (_IDENTITY_SIZE,),
+        )
+        found: bytes = connection.execute(f"SELECT id FROM {IDENTITY_TABLE}").fetchone()[0]
+        connection.commit()
+        return found
 
     def close(self) -> None:
         """Close the idle connections. Branches that are under way keep theirs."""
