@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from coordlib.api.codec import encode_key
 from coordlib.api.guards import Guard, guard_of
 from coordlib.api.maps import ABSENT, AsyncMap, Map
-from coordlib.api.overlay import current_overlay
+from coordlib.api.overlay import overlay_of
 from coordlib.errors import LockLost, QuotaExceeded, UsageError, invariant
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
@@ -152,8 +152,7 @@ class _BatchBase:
         raise UsageError(f"a write is a Put or a Delete; got {item!r}")
 
     def _commit_gen(self) -> OpGen[BatchResult]:
-        found = current_overlay.get()
-        if found is not None and found[0] is self._cluster:
+        if overlay_of(self._cluster) is not None:
             raise UsageError("within a transaction read and write the maps themselves: it is one entry, too")
         deadline_ms = monotonic_ms() + self._cluster._request_timeout_ms
         if not (self._then or self._otherwise or self._guards):

@@ -20,7 +20,7 @@ from coordlib.errors import ClusterClosed, CoordError, FatalError, ForkedError, 
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import FOREVER_MS, OpGen, Step
-from coordlib.txn.branches import DecidingResource, Resource
+from coordlib.txn.branches import Branch, DecidingResource, Resource
 from coordlib.txn.commit import Context, Counters, Unfinished
 from coordlib.txn.gtid import GtidMinter, mint_ms_of, text_of
 from coordlib.txn.journal import JournalResource
@@ -289,6 +289,10 @@ class Coordinator:
     def help(self, operation: OpGen[None]) -> None:
         """Run it in the background, whatever else is to be done. Neither blocks nor raises."""
         self._helpers.submit(lambda: self._run(operation))
+
+    def roll_back(self, branch: Branch) -> None:
+        """End one that nobody wants any more. Neither blocks nor raises."""
+        self._helpers.submit(branch.rollback)
 
     def start_agent(self) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from coordlib.api.codec import CANONICAL, Codec, decode_key, encode_key, encode_name
 from coordlib.api.guards import Guard, guard_of
-from coordlib.api.overlay import Overlay, current_overlay, pages_gen
+from coordlib.api.overlay import Overlay, overlay_of, pages_gen
 from coordlib.errors import KeyExists, KeyMissing, UsageError
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
@@ -64,8 +64,7 @@ class _MapBase:
 
     def _overlay(self) -> Overlay | None:
         """Of the transaction that the caller is in: everything is read through it and written to it then."""
-        found = current_overlay.get()
-        return None if found is None or found[0] is not self._handle else found[1]
+        return overlay_of(self._handle)
 
     def _own_gen(self, overlay: Overlay, key: bytes) -> OpGen[bytes | None]:
         return (yield from overlay.get_gen(self._name, key, monotonic_ms() + self._timeout_ms))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from coordlib.errors import ForkedError, RevisionCompacted, TransactionConflict, UsageError
 from coordlib.machine import commands
@@ -19,14 +19,31 @@ from coordlib.node.operations import OpGen, Step
 from coordlib.txn.transaction import StateChange
 from coordlib.wire.messages import RequestKind
 
-__all__ = ["Overlay", "current_overlay", "pages_gen"]
+__all__ = ["Enclosing", "Overlay", "current_overlay", "overlay_of", "pages_gen"]
 
 SCAN_ATTEMPTS_MAX: Final = 5
 Name = bytes
 Place = tuple[bytes, bytes]
 
-current_overlay: ContextVar[tuple[object, Overlay] | None] = ContextVar("coordlib_overlay", default=None)
-"""The transaction that this thread or task is in, if any: whose handle's driver it is of, and what it has read."""
+
+class Enclosing(NamedTuple):
+    """A transaction that a thread or task is in: of which handle, what it has read, and the one around it."""
+
+    handle: object
+    overlay: Overlay
+    outer: Enclosing | None
+
+
+current_overlay: ContextVar[Enclosing | None] = ContextVar("coordlib_overlay", default=None)
+"""The innermost transaction that this thread or task is in, of whatever handle."""
+
+
+def overlay_of(handle: object) -> Overlay | None:
+    """Of the innermost transaction of this handle that the caller is in; those of other handles may be within it."""
+    found = current_overlay.get()
+    while found is not None and found.handle is not handle:
+        found = found.outer
+    return None if found is None else found.overlay
 
 
 def pages_gen(name: bytes, *, keys_only: bool, deadline_ms: int) -> OpGen[tuple[int, list[bytes]]]:
@@ -99,11 +116,15 @@ class Overlay:
         elif value is None and (map_revision > self._pin or not map_revision):
             # It is not there; was it at the pinned revision? If everything read so far still holds at this moment,
             # that is the revision from now on.
-            body = commands.query_tx_read(name, key, self._read_conditions())
-            reply = yield Step(RequestKind.QUERY, body, deadline_ms)
-            failed, value, mod, map_revision, index = commands.decode_reply(reply)
-            if failed >= 0:
-                raise self._conflict(map_revision)
+            known = -1
+            while known != (
+                known := len(self._reads) + len(self._scans)
+            ):  # reads of other tasks meanwhile, too
+                body = commands.query_tx_read(name, key, self._read_conditions())
+                reply = yield Step(RequestKind.QUERY, body, deadline_ms)
+                failed, value, mod, map_revision, index = commands.decode_reply(reply)
+                if failed >= 0:
+                    raise self._conflict(map_revision)
             self._pin = index
         return value, mod
 
@@ -174,7 +195,10 @@ class Overlay:
                 "this transaction belongs to the parent process, where it goes on; begin another one here"
             )
         if self.has_ended:
-            raise UsageError("the transaction has ended: this thread or task is still in its context")
+            raise UsageError(
+                "the transaction has ended, and this task was begun in it: begin tasks that outlive it before it, or with "
+                "context=contextvars.Context()"
+            )
 
     # -- savepoints and the end
 

@@ -20,20 +20,24 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from coordlib.api.codec import CANONICAL
 from coordlib.api.coordinator import decider_service
-from coordlib.api.overlay import Overlay, current_overlay
-from coordlib.api.transactions import Options, Transaction, _current, _TransactionBase
+from coordlib.api.overlay import Enclosing, Overlay, current_overlay
+from coordlib.api.transactions import Options, Transaction, _current, _TransactionBase, enclosing
 from coordlib.errors import (
     CallLost,
     CallTimeout,
     CoordError,
     FatalError,
+    FlavourError,
+    ForkedError,
     Overloaded,
     RemoteProtocolError,
     ServiceError,
@@ -49,7 +53,16 @@ from coordlib.txn.branches import DecidingResource
 from coordlib.txn.gtid import node_tag
 from coordlib.txn.journal import Handler, Journal, JournalBranch, JournalResource
 from coordlib.txn.participant import Participants, Work
-from coordlib.txn.service import Answer, RemoteMember, Status, Verb, Wish, decode_answer, decode_wish
+from coordlib.txn.service import (
+    Answer,
+    RemoteMember,
+    Status,
+    Verb,
+    Wish,
+    decode_answer,
+    decode_wish,
+    text_of_error,
+)
 from coordlib.txn.transaction import BRANCHES_MAX
 from coordlib.txn.transaction import Transaction as Record
 from coordlib.wire.messages import CallStatus, RequestKind
@@ -67,6 +80,7 @@ WAITING_MAX: Final = 1024
 
 RETRY_SECONDS: Final = 0.02
 REGISTER_AGAIN_SECONDS: Final = 0.5
+CLOSE_SECONDS: Final = 1.0
 _OWN: Final = frozenset(("prepare", "restore", "commit", "abort"))
 
 
@@ -86,8 +100,8 @@ class _ServiceBase:
 
     def _call_gen(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpGen[Any]:
         payload = CANONICAL.encode([list(args), kwargs])
-        found = _current.get()
-        outer = None if found is None or found._cluster is not self._cluster else found._outermost
+        found = enclosing(self._cluster)
+        outer = None if found is None else found._outermost
         if outer is None:
             by = monotonic_ms() + self._cluster._request_timeout_ms
             self._calls += 1
@@ -128,6 +142,18 @@ class _ServiceBase:
             raise UsageError(
                 "a service that takes part in a transaction cannot call others in it: let its caller do it"
             )
+        if outer._is_calling:
+            raise UsageError(
+                "services are called one after the other in a transaction, which is for one thread or task at a time: wait "
+                "for the first call before the next"
+            )
+        outer._is_calling = True
+        try:
+            return (yield from self._take_part_alone_gen(outer, operation, payload))
+        finally:
+            outer._is_calling = False
+
+    def _take_part_alone_gen(self, outer: _TransactionBase, operation: str, payload: bytes) -> OpGen[Answer]:
         record = yield from outer._name_gen()
         member = outer._services.get(self._name)
         if member is not None:
@@ -138,8 +164,6 @@ class _ServiceBase:
         choice = int.from_bytes(record.gtid[-2:], "big")
         targets = yield from self._targets_gen(choice, record.expires_ms)
         while True:
-            if self._name in outer._services:
-                raise UsageError("a transaction is for one thread or task at a time")
             target = targets.pop(0)
             member = RemoteMember(
                 self._name, target, record.gtid, number, record.deadline_ms, record.decider_tag
@@ -175,7 +199,15 @@ class _ServiceBase:
                 if monotonic_ms() + RETRY_SECONDS * 1000 >= record.expires_ms:
                     record.doomed = f"the answer to {self._name}.{operation} was lost"
                     raise
-            yield Step.pause(RETRY_SECONDS)
+            except BaseException:
+                # Its caller does not wait for it any more (a cancelled task), and may go on: whether it runs is not known.
+                record.doomed = record.doomed or f"the call of {self._name}.{operation} was given up"
+                raise
+            try:
+                yield Step.pause(RETRY_SECONDS)
+            except BaseException:
+                record.doomed = record.doomed or f"the call of {self._name}.{operation} was given up"
+                raise
             step = member.call_again(operation, payload, record.expires_ms)
 
 
@@ -230,6 +262,7 @@ class JoinedTransaction(Transaction):
     def __init__(self, cluster: Cluster, work: Work) -> None:
         super().__init__(cluster, Options.of(1.0, "serializable", "applied", True, "join"))
         self._work = work
+        self._has_returned = False
 
     @property
     def notes(self) -> dict[Any, Any]:
@@ -246,7 +279,30 @@ class JoinedTransaction(Transaction):
 
     @property
     def _active(self) -> Record:
+        if self._pid != os.getpid():
+            raise ForkedError("this transaction belongs to the parent process")
+        if self._has_returned:
+            raise UsageError(
+                "the call has returned: what it does in its caller's transaction, it does before that"
+            )
         return cast(Record, self._work)  # the same for what is asked of it: names, branches, time
+
+    @property
+    def has_ended(self) -> bool:
+        return self._has_returned
+
+    def _keep_hook(self, when: str, hook: Callable[[], Any]) -> None:
+        raise UsageError(
+            f"{when}() is for the application that began the transaction: a service hears of its end in the methods of "
+            "coordlib.txn.journal.Handler, or not at all"
+        )
+
+    @property
+    def _open_overlay(self) -> Overlay:
+        raise UsageError(
+            "a service changes no replicated state in its caller's transaction: guards, releases of locks and savepoints are "
+            "for the application that began it"
+        )
 
     def _name_gen(self) -> OpGen[Record]:
         return self._active
@@ -268,11 +324,26 @@ class _Hosted:
         self.name = name
         self.handler = handler
         self.resource = resource
-        self.operations = {
-            key: value
-            for key, value in inspect.getmembers(handler, callable)
-            if not key.startswith("_") and (resource is None or key not in _OWN)
-        }
+        self.is_registered = False
+        self.operations = operations_of(handler, has_journal=resource is not None)
+
+
+def operations_of(handler: Any, *, has_journal: bool) -> dict[str, Callable[..., Any]]:
+    """
+    Raises:
+        FlavourError: One of them is an `async def`.
+    """
+    found = {
+        key: value
+        for key, value in inspect.getmembers(handler, callable)
+        if not key.startswith("_") and not (has_journal and key in _OWN)
+    }
+    for key, value in found.items():
+        if inspect.iscoroutinefunction(value):
+            raise FlavourError(
+                f"{key} is an `async def`, and services run on threads: make it a plain function, or start its name with _"
+            )
+    return found
 
 
 class Host:
@@ -300,28 +371,35 @@ class Host:
         """
         Raises:
             UsageError: A service of that name is hosted here already.
+            NoQuorum, CommitTimeout: It is hosted, and nobody can find it: host it again.
             Exception: Of the handler, when what it had promised before was given back to it.
         """
-        resource: JournalResource | None = None
         with self._lock:
-            if name in self._hosted:
+            hosted = self._hosted.get(name)
+            if hosted is None:
+                hosted = self._hosted[name] = self._host(name, handler, open_journal)
+                self._start_threads()
+            elif hosted.handler is not handler or hosted.is_registered:
                 raise UsageError(f"service {name!r} is hosted here already")
-            if hasattr(handler, "prepare"):
-                missing = [method for method in sorted(_OWN) if not hasattr(handler, method)]
-                if missing:
-                    raise UsageError(
-                        f"service {name!r} has prepare() and so needs {', '.join(missing)}(), too"
-                    )
-                if self._journal is None:
-                    self._journal = open_journal()
-                resource = JournalResource(name, self._journal, cast(Handler, handler))
-                resource.start()
-            self._hosted[name] = _Hosted(name, handler, resource)
-            self._start_threads()
-        if resource is not None:
-            self._coordinator.register(resource)
+        if hosted.resource is not None:
+            self._coordinator.register(hosted.resource)
         self._coordinator.start_agent()
         self._handle._run_here(self._register_gen(name))
+        hosted.is_registered = True
+
+    def _host(self, name: str, handler: Any, open_journal: Callable[[], Journal]) -> _Hosted:
+        has_journal = hasattr(handler, "prepare")
+        operations_of(handler, has_journal=has_journal)  # before anything is restored
+        if not has_journal:
+            return _Hosted(name, handler, None)
+        missing = [method for method in sorted(_OWN) if not hasattr(handler, method)]
+        if missing:
+            raise UsageError(f"service {name!r} has prepare() and so needs {', '.join(missing)}(), too")
+        if self._journal is None:
+            self._journal = open_journal()
+        resource = JournalResource(name, self._journal, cast(Handler, handler))
+        resource.start()
+        return _Hosted(name, handler, resource)
 
     def _start_threads(self) -> None:
         while len(self._threads) < THREADS:
@@ -400,7 +478,7 @@ class Host:
         try:
             result = self._run(hosted, wish.operation, wish.payload)
         except Exception as error:
-            return Answer(Status.RAISED, [type(error).__name__, str(error)]).encode()
+            return Answer(Status.RAISED, [type(error).__name__, text_of_error(error)]).encode()
         return Answer(Status.RETURNED, result).encode()
 
     def _answer_as_decider(self, wish: Wish) -> Answer:
@@ -410,7 +488,7 @@ class Host:
         try:
             return Answer(Status.ENDED, bool(decider.outcome(wish.gtid)))
         except Exception as error:
-            return Answer(Status.REFUSED, str(error))
+            return Answer(Status.REFUSED, text_of_error(error))
 
     def answer_for(self, resource: DecidingResource) -> None:
         """Let others, who are in doubt, ask what this last resource has decided."""
@@ -431,10 +509,11 @@ class Host:
             work.enlist(JournalBranch(hosted.resource, work.gtid, bqual, work.deadline_ms, joined))
         # Changes of maps would have to travel to the initiator: they are refused, not made at once.
         overlay = Overlay(is_read_only=True, is_serializable=True)
-        tokens = _current.set(joined), current_overlay.set((self._handle, overlay))
+        tokens = _current.set(joined), current_overlay.set(Enclosing(self._handle, overlay, None))
         try:
             return self._run(hosted, operation, payload)
         finally:
+            joined._has_returned = overlay.has_ended = True
             _current.reset(tokens[0])
             current_overlay.reset(tokens[1])
 
@@ -446,7 +525,14 @@ class Host:
         if type(decoded) is not list or len(decoded) != 2:
             raise RemoteProtocolError("malformed arguments")
         args, kwargs = decoded
-        return CANONICAL.encode(function(*args, **kwargs))
+        try:
+            result = function(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException as error:
+            # sys.exit() and the like would end this thread, and with it a part of the service.
+            raise RuntimeError(f"it ended by {type(error).__name__}: {text_of_error(error)}") from error
+        return CANONICAL.encode(result)
 
     def close(self) -> None:
         """Take no more calls. Never raises."""
@@ -455,7 +541,10 @@ class Host:
             threads, self._threads = self._threads, []
         for _ in threads:
             self._waiting.put(None)
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in threads:
-            thread.join(1.0)
+            thread.join(
+                max(0.0, deadline - time.monotonic())
+            )  # an operation that hangs dies with the process
         if self._journal is not None:
             self._journal.close()

@@ -18,19 +18,21 @@ import inspect
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 from coordlib.api.guards import Guard, guard_of
-from coordlib.api.overlay import Overlay, current_overlay
+from coordlib.api.overlay import Enclosing, Overlay, current_overlay
 from coordlib.config import milliseconds
 from coordlib.errors import (
     CoordError,
     FlavourError,
     ForkedError,
+    IndeterminateError,
     TransactionAborted,
     TransactionConflict,
     UsageError,
@@ -38,10 +40,11 @@ from coordlib.errors import (
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
-from coordlib.node.operations import OpGen, Step
+from coordlib.node.operations import Engine, OpGen, Step, arun, run
 from coordlib.txn.branches import Branch
 from coordlib.txn.commit import abort_gen, commit_gen, finish_gen
 from coordlib.txn.gtid import node_tag
+from coordlib.txn.members import LocalMember
 from coordlib.txn.service import RemoteMember
 from coordlib.txn.transaction import Decided, State
 from coordlib.txn.transaction import Transaction as Record
@@ -66,6 +69,14 @@ BACK_OFF_SECONDS_MAX: Final = 0.5
 TIMEOUT_MS_MAX: Final = 600_000
 
 _current: ContextVar[_TransactionBase | None] = ContextVar("coordlib_transaction", default=None)
+
+
+def enclosing(cluster: object) -> _TransactionBase | None:
+    """The innermost transaction of this handle that the caller is in; those of other handles may be within it."""
+    found = _current.get()
+    while found is not None and (found._cluster is not cluster or found._pid != os.getpid()):
+        found = found._outer
+    return found
 
 
 class Options(NamedTuple):
@@ -128,7 +139,11 @@ class _TransactionBase:
         self._record: Record | None = None
         self._overlay: Overlay | None = None
         self._joined: _TransactionBase | None = None
-        self._tokens: tuple[Token[Any], Token[Any]] | None = None
+        self._outer: _TransactionBase | None = None  # of whatever handle
+        self._enclosing: Enclosing | None = None
+        self._is_block = False
+        self._naming = threading.Lock()
+        self._is_calling = False
         self._pid = os.getpid()
         self._hooks: dict[str, list[Callable[[], Any]]] = {
             "before_commit": [],
@@ -154,14 +169,16 @@ class _TransactionBase:
     @property
     def gtid(self) -> bytes:
         """Its name, once a database or a service takes part; empty before, and if it is of replicated state alone."""
-        record = self._outermost._record
-        return b"" if record is None else record.gtid
+        if self._joined is not None:
+            return self._joined.gtid
+        return b"" if self._record is None else self._record.gtid
 
     @property
     def state(self) -> str:
         """One word of `coordlib.txn.transaction.State`; "new" before it is begun."""
-        record = self._outermost._record
-        return "new" if record is None else record.state.value
+        if self._joined is not None:
+            return self._joined.state
+        return "new" if self._record is None else self._record.state.value
 
     @property
     def revision(self) -> Revision:
@@ -181,7 +198,9 @@ class _TransactionBase:
 
     @property
     def _active(self) -> Record:
-        record = self._outermost._record
+        if self._joined is not None:
+            return self._joined._active
+        record = self._record
         if self._pid != os.getpid():
             raise ForkedError("this transaction belongs to the parent process")
         if record is None:
@@ -192,7 +211,15 @@ class _TransactionBase:
 
     def doom(self, reason: str = "doom() was called") -> None:
         """Whatever happens, it will not commit: the end of the block raises TransactionAborted."""
-        self._active.doomed = reason
+        self._active.doomed = str(reason) or "doom() was called"
+
+    def _doom_by_inner(self, error: BaseException) -> None:
+        """An error leaves a block that had joined: what it has done may be half of something, whoever swallows that."""
+        try:
+            record = self._active
+        except UsageError:
+            return  # it has ended
+        record.doomed = record.doomed or f"an inner block raised {type(error).__name__}"
 
     def guard(self, grant: Guard) -> None:
         """Commit only if the grant is still its lock's then. (`guard=` of a write does this, too.)"""
@@ -212,7 +239,9 @@ class _TransactionBase:
 
     @property
     def _open_overlay(self) -> Overlay:
-        overlay = self._outermost._overlay
+        if self._joined is not None:
+            return self._joined._open_overlay
+        overlay = self._overlay
         if overlay is None:
             raise UsageError("the transaction is not begun: use it in a `with` block")
         overlay.check_open()
@@ -227,10 +256,13 @@ class _TransactionBase:
         """
         overlay = self._open_overlay
         saved = overlay.save()
+        grants = self._outermost._grants
+        grant_count = len(grants)
         try:
             yield
         except BaseException:
             overlay.restore(saved)
+            del grants[grant_count:]
             raise
 
     def before_commit(self, hook: Callable[[], Any]) -> None:
@@ -238,25 +270,30 @@ class _TransactionBase:
         self._add_hook("before_commit", hook)
 
     def on_commit(self, hook: Callable[[], Any]) -> None:
-        """Called when it is committed. What it raises is logged: nothing can be undone by it."""
+        """
+        Called when it is committed, also where a HeuristicOutcome is raised. What it raises is logged: nothing can be
+        undone by it. After a TransactionOutcomeUnknown neither these nor those of `on_abort` are called.
+        """
         self._add_hook("on_commit", hook)
 
     def on_abort(self, hook: Callable[[], Any]) -> None:
-        """Called when it is certainly aborted. What it raises is logged."""
+        """Called when it is certainly aborted, whatever the reason. What it raises is logged."""
         self._add_hook("on_abort", hook)
 
     def _add_hook(self, when: str, hook: Callable[[], Any]) -> None:
         self._active  # noqa: B018  # raises if it has ended
-        self._outermost._hooks[when].append(hook)
+        self._outermost._keep_hook(when, hook)
 
-    def _call_hooks(self, when: str) -> None:
-        for hook in self._hooks[when]:
-            try:
-                hook()
-            except Exception:
-                log.exception(
-                    "a %s hook of a transaction failed", when, extra={"event": "transaction.hook-failed"}
-                )
+    def _keep_hook(self, when: str, hook: Callable[[], Any]) -> None:
+        self._hooks[when].append(hook)
+
+    def _when_ended(self) -> str:
+        """Which hooks are to be called; none if the outcome is not known."""
+        assert self._record is not None
+        outcome = self._record.outcome
+        if outcome is None:
+            return ""
+        return "on_commit" if outcome is State.COMMITTED else "on_abort"
 
     # -- life
 
@@ -267,41 +304,92 @@ class _TransactionBase:
         """
         if self._record is not None or self._joined is not None:
             raise UsageError("a transaction is begun once: make a new one")
-        outer = _current.get()
-        if outer is not None and (outer._cluster is not self._cluster or outer._pid != os.getpid()):
-            outer = None
+        outer = enclosing(self._cluster)
         propagation = self._options.propagation
         if outer is None and propagation == "mandatory":
             raise UsageError("this must be called within a transaction")
         if outer is not None and propagation == "never":
             raise UsageError("this must not be called within a transaction")
         if outer is not None and propagation != "requires_new":
+            if outer.has_ended:
+                raise UsageError(
+                    "the transaction that this would join has ended, and this task was begun in it: begin tasks that "
+                    "outlive it before it, or with context=contextvars.Context(); or ask for requires_new"
+                )
             self._joined = outer
-            outer._active  # noqa: B018  # raises if it has ended
             return
         self._cluster._engine  # noqa: B018  # raises if the handle cannot be used
         options = self._options
         self._record = Record(b"", "", b"\0\0", commands.NO_DEADLINE, monotonic_ms() + options.timeout_ms)
         self._overlay = Overlay(is_read_only=options.is_read_only, is_serializable=options.is_serializable)
-        self._tokens = _current.set(self), current_overlay.set((self._cluster, self._overlay))
+        self._outer = _current.get()
+        self._enclosing = Enclosing(self._cluster, self._overlay, current_overlay.get())
+        _current.set(self)
+        current_overlay.set(self._enclosing)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._record is not None and self._record.state is not State.ACTIVE
+
+    def _is_over(self, error: BaseException | None) -> bool:
+        """
+        Whether the end of the block has nothing to end.
+
+        Raises:
+            ForkedError: This is a forked child's copy, and the block thinks that all is well.
+        """
+        if self._pid == os.getpid():
+            return self.has_ended
+        self._leave()
+        if error is None:
+            raise ForkedError("this transaction belongs to the parent process, where it goes on")
+        return True
+
+    def _check_mine_to_end(self, method: str) -> None:
+        """
+        Raises:
+            UsageError: It is a `with` block that ends it, or another thread or task.
+        """
+        if self._is_block:
+            raise UsageError(
+                f"{method}() is for transactions that begin() began: the `with` block commits at its end; raise, or call "
+                "doom(), if it must not"
+            )
+        found = _current.get()
+        while found is not None and found is not self._outermost:
+            found = found._outer
+        if found is None:
+            raise UsageError(f"{method}() is for the thread or task that began the transaction")
 
     def _leave(self) -> None:
-        if self._tokens is not None:
-            _current.reset(self._tokens[0])
-            current_overlay.reset(self._tokens[1])
-            self._tokens = None
+        # Not by tokens: the end may come in another order, or (a generator's) in another context than the beginning.
         if self._overlay is not None:
             self._overlay.has_ended = True
+        if _current.get() is self:
+            outer = self._outer
+            while outer is not None and outer.has_ended:
+                outer = outer._outer
+            _current.set(outer)
+        found = current_overlay.get()
+        if found is not None and found is self._enclosing:
+            while found is not None and found.overlay.has_ended:
+                found = found.outer
+            current_overlay.set(found)
 
     def _name_gen(self) -> OpGen[Record]:
         """From here on it needs a name, by which those who take part ask for its outcome."""
         record = self._active
         if not record.gtid:
             gtid, log_time_ms = yield from self._coordinator.name_gen()
-            record.gtid = gtid
-            record.node = self._coordinator.who
-            record.node_tag = node_tag(record.node)
-            record.deadline_ms = log_time_ms + max(0, record.expires_ms - monotonic_ms())
+            with self._naming:
+                # One name only, whoever else has asked for it meanwhile: what is prepared by another is not in it.
+                if record.gtid:
+                    self._coordinator.ended(gtid)
+                else:
+                    record.node = self._coordinator.who
+                    record.node_tag = node_tag(record.node)
+                    record.deadline_ms = log_time_ms + max(0, record.expires_ms - monotonic_ms())
+                    record.gtid = gtid
         return record
 
     def _commit_gen(self) -> OpGen[None]:
@@ -331,7 +419,7 @@ class _TransactionBase:
             self._ended(record)
 
     def _ended(self, record: Record) -> None:
-        if self._result is not None:
+        if record.outcome is State.COMMITTED:
             for grant in self._grants:
                 grant._is_released = True
                 self._cluster._grants.discard(grant)
@@ -367,6 +455,47 @@ class _TransactionBase:
     def _seconds_left(self, record: Record) -> Callable[[], float]:
         return lambda: max(0, record.expires_ms - monotonic_ms()) / 1000
 
+    def _enlisted(self, record: Record, resource: Any, using: Any, read_only: bool) -> LocalMember | None:
+        """The branch that there is in the resource: for those who enlist it again."""
+        for member in record.members:
+            if not isinstance(member, LocalMember):
+                continue
+            if member.branch is resource or member.branch.resource is resource:
+                if using is not None and using is not given_by(member.branch):
+                    raise UsageError(
+                        f"{resource!r} takes part already, on a connection of its own or another one"
+                    )
+                if not read_only:
+                    member.expects_read_only = False
+                return member
+        return None
+
+    def _enlist_branch(self, record: Record, branch: Branch, read_only: bool) -> None:
+        """
+        Raises:
+            UsageError: The transaction has ended meanwhile, or has too many branches.
+        """
+        self._active  # noqa: B018  # raises if it has ended
+        record.enlist(branch, expects_read_only=read_only)
+
+    @property
+    def _last_engine(self) -> Engine:
+        """For what must be ended though the handle may have been closed: a node that has stopped ends requests at once."""
+        return cast(Engine, self._cluster._driver)
+
+
+def given_by(branch: Any) -> Any:
+    """What the application works with."""
+    session = getattr(branch, "session", None)
+    return branch.connection if session is None else session
+
+
+def _by_driver(resource: Any, method: str) -> Callable[..., Any]:
+    found: Callable[..., Any] | None = getattr(resource, method, None)
+    if found is None:
+        raise UsageError(f"{resource!r} makes its connections itself: enlist it without using=...")
+    return found
+
 
 class Transaction(_TransactionBase):
     """
@@ -379,28 +508,46 @@ class Transaction(_TransactionBase):
 
     def __enter__(self) -> Self:
         self._begin()
+        self._is_block = True
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._joined is not None:
-            if error is not None and not isinstance(error, TransactionConflict):
-                record = self._outermost._record
-                if record is not None and record.state is State.ACTIVE:
-                    record.doomed = record.doomed or f"an inner block raised {type(error).__name__}"
+            if error is not None:
+                self._outermost._doom_by_inner(error)
+            return
+        if self._is_over(error):
             return
         try:
             if error is None:
                 try:
+                    self._cluster._engine  # noqa: B018  # raises if the handle was closed meanwhile
                     for hook in self._hooks["before_commit"]:
                         hook()
                 except BaseException:
-                    self._roll_back(True)
+                    self._roll_back()
                     raise
                 self._commit()
             else:
-                self._roll_back(True)
+                self._roll_back()
         finally:
             self._leave()
+
+    def _keep_hook(self, when: str, hook: Callable[[], Any]) -> None:
+        if inspect.iscoroutinefunction(hook):
+            raise FlavourError(
+                f"a {when} hook of a plain transaction is a plain function; got an `async def`"
+            )
+        super()._keep_hook(when, hook)
+
+    def _call_hooks(self, when: str) -> None:
+        for hook in self._hooks.get(when, ()):
+            try:
+                hook()
+            except Exception:
+                log.exception(
+                    "a %s hook of a transaction failed", when, extra={"event": "transaction.hook-failed"}
+                )
 
     def begin(self) -> Self:
         """Begin it without a `with` block; end it by `commit` or `rollback`, in the same thread."""
@@ -408,32 +555,37 @@ class Transaction(_TransactionBase):
         return self
 
     def commit(self) -> None:
-        """As at the end of a block. Raises what that does."""
+        """
+        As at the end of a block. Raises what that does; if it had joined another one, that one commits.
+
+        Raises:
+            UsageError: It was not begun by `begin`, has ended, or was begun in another thread.
+        """
         self._outermost._active  # noqa: B018  # raises if it is not begun, or has ended
+        self._check_mine_to_end("commit")
         self.__exit__(None, None, None)
 
     def rollback(self) -> None:
-        """As at the end of a block that raises; nothing if it has ended."""
+        """As at the end of a block that raises; nothing if it has ended. Raises as `commit` does."""
         if self.state == State.ACTIVE.value:
+            self._check_mine_to_end("rollback")
             error = UsageError("rollback() was called")
             self.__exit__(UsageError, error, None)
 
     def _commit(self) -> None:
         try:
-            self._cluster._run(self._commit_gen())
-        except TransactionAborted:
-            self._call_hooks("on_abort")
-            raise
-        if self._has_to_be_told:
-            finish = self._finish_gen()
-            if not self._coordinator.later(finish):
-                # Decisions are made faster than they are carried out: whoever makes them carries out, too.
-                self._cluster._run(finish)
-        self._call_hooks("on_commit")
+            run(self._last_engine, self._commit_gen())
+            if self._has_to_be_told:
+                finish = self._finish_gen()
+                if not self._coordinator.later(finish):
+                    # Decisions are made faster than they are carried out: whoever makes them carries out, too.
+                    run(self._last_engine, finish)
+        finally:
+            self._call_hooks(self._when_ended())
 
-    def _roll_back(self, is_failing: bool) -> None:
+    def _roll_back(self) -> None:
         try:
-            self._cluster._run(self._rollback_gen())
+            run(self._last_engine, self._rollback_gen())
         except CoordError as failure:
             # What the block raised is on its way and must not be hidden.
             log.warning(
@@ -441,27 +593,42 @@ class Transaction(_TransactionBase):
             )
         self._call_hooks("on_abort")
 
-    def enlist(self, resource: Any, *, read_only: bool = False) -> Any:
+    def enlist(self, resource: Any, *, using: Any = None, read_only: bool = False) -> Any:
         """
-        Have a registered resource take part: returns the connection to work with until the block ends.
+        Have a registered resource take part: returns the connection to work with until the transaction ends; of
+        `SQLAlchemy` the session, of `Zope` the transaction that data managers join. Enlisted again, it is the same one.
 
         Args:
             resource: As it was given to `Cluster.resource`; or a `coordlib.txn.branches.Branch` of your own.
+            using: A connection (or a session) of yours, which is in no transaction; by default the resource's own.
             read_only: Nothing will be written to it, which adapters may not find out by themselves. Said wrongly it
                 costs one round more, and nothing else.
 
         Raises:
             UsageError: It is not registered, or it must have been enlisted before others.
             NoQuorum: The cluster could not be asked for the time; nothing was begun.
+            Exception: The driver's: no connection.
         """
         record = self._cluster._run(self._outermost._name_gen())
+        known = self._enlisted(record, resource, using, read_only)
         if not hasattr(resource, "begin"):
-            record.enlist(cast(Branch, resource), expects_read_only=read_only)
+            if known is None:
+                record.enlist(cast(Branch, resource), expects_read_only=read_only)
             return resource
-        bqual = self._branch(record, resource)
-        branch = resource.begin(record.gtid, bqual, self._seconds_left(record))
-        record.enlist(branch, expects_read_only=read_only)
-        return branch.connection
+        if known is not None:
+            return given_by(known.branch)
+        bqual = self._outermost._branch(record, resource)
+        left = self._seconds_left(record)
+        if using is None:
+            branch = resource.begin(record.gtid, bqual, left)
+        else:
+            branch = _by_driver(resource, "enlist")(using, record.gtid, bqual, left)
+        try:
+            self._enlist_branch(record, branch, read_only)
+        except BaseException:
+            branch.rollback()
+            raise
+        return given_by(branch)
 
 
 class AsyncTransaction(_TransactionBase):
@@ -475,18 +642,20 @@ class AsyncTransaction(_TransactionBase):
 
     async def __aenter__(self) -> Self:
         self._begin()
+        self._is_block = True
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._joined is not None:
-            if error is not None and not isinstance(error, TransactionConflict):
-                record = self._outermost._record
-                if record is not None and record.state is State.ACTIVE:
-                    record.doomed = record.doomed or f"an inner block raised {type(error).__name__}"
+            if error is not None:
+                self._outermost._doom_by_inner(error)
+            return
+        if self._is_over(error):
             return
         try:
             if error is None:
                 try:
+                    self._cluster._engine  # noqa: B018  # raises if the handle was closed meanwhile
                     for hook in self._hooks["before_commit"]:
                         found = hook()
                         if inspect.isawaitable(found):
@@ -508,51 +677,91 @@ class AsyncTransaction(_TransactionBase):
     async def commit(self) -> None:
         """See `Transaction.commit`."""
         self._outermost._active  # noqa: B018  # raises if it is not begun, or has ended
+        self._check_mine_to_end("commit")
         await self.__aexit__(None, None, None)
 
     async def rollback(self) -> None:
         """See `Transaction.rollback`."""
         if self.state == State.ACTIVE.value:
+            self._check_mine_to_end("rollback")
             error = UsageError("rollback() was called")
             await self.__aexit__(UsageError, error, None)
 
+    async def _call_hooks(self, when: str) -> None:
+        for hook in self._hooks.get(when, ()):
+            try:
+                found = hook()
+                if inspect.isawaitable(found):
+                    await found
+            except Exception:
+                log.exception(
+                    "a %s hook of a transaction failed", when, extra={"event": "transaction.hook-failed"}
+                )
+
     async def _commit(self) -> None:
         try:
-            await self._cluster._arun(self._commit_gen())
-        except TransactionAborted:
-            self._call_hooks("on_abort")
-            raise
-        if self._has_to_be_told:
-            self._cluster._background(self._finish_gen())
-        self._call_hooks("on_commit")
+            await arun(self._last_engine, self._commit_gen())
+            if self._has_to_be_told:
+                self._cluster._background(self._finish_gen())
+        finally:
+            await self._call_hooks(self._when_ended())
 
     async def _roll_back(self) -> None:
         try:
-            await self._cluster._arun(self._rollback_gen())
+            await arun(self._last_engine, self._rollback_gen())
         except CoordError as failure:
             log.warning(
                 "a transaction's rollback: %s", failure, extra={"event": "transaction.rollback-failed"}
             )
-        self._call_hooks("on_abort")
+        await self._call_hooks("on_abort")
 
-    async def enlist(self, resource: Any, *, read_only: bool = False) -> Any:
+    async def enlist(self, resource: Any, *, using: Any = None, read_only: bool = False) -> Any:
         """See `Transaction.enlist`. Of a resource with an asynchronous driver, the asynchronous connection."""
         record = await self._cluster._arun(self._outermost._name_gen())
+        known = self._enlisted(record, resource, using, read_only)
         if not hasattr(resource, "begin"):
-            record.enlist(cast(Branch, resource), expects_read_only=read_only)
+            if known is None:
+                record.enlist(cast(Branch, resource), expects_read_only=read_only)
             return resource
-        bqual = self._branch(record, resource)
+        if known is not None:
+            return given_by(known.branch)
+        bqual = self._outermost._branch(record, resource)
         left = self._seconds_left(record)
         if hasattr(resource, "abegin"):
-            branch = await resource.abegin(record.gtid, bqual, left)
+            if using is None:
+                branch = await resource.abegin(record.gtid, bqual, left)
+            else:
+                branch = await _by_driver(resource, "aenlist")(using, record.gtid, bqual, left)
+        elif using is None:
+            branch = await self._begin_on_a_thread(lambda: resource.begin(record.gtid, bqual, left))
         else:
-            branch = await asyncio.to_thread(resource.begin, record.gtid, bqual, left)
-        record.enlist(branch, expects_read_only=read_only)
-        return branch.connection
+            enlist = _by_driver(resource, "enlist")
+            branch = await self._begin_on_a_thread(lambda: enlist(using, record.gtid, bqual, left))
+        try:
+            self._enlist_branch(record, branch, read_only)
+        except BaseException:
+            await (branch.arollback() if hasattr(branch, "arollback") else asyncio.to_thread(branch.rollback))
+            raise
+        return given_by(branch)
+
+    async def _begin_on_a_thread(self, begin: Callable[[], Any]) -> Any:
+        """Cancelled, it leaves no branch behind that nobody would end."""
+        future = asyncio.get_running_loop().run_in_executor(None, begin)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._unwanted)
+            raise
+
+    def _unwanted(self, future: asyncio.Future[Any]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._coordinator.roll_back(future.result())
 
 
 def is_retryable(coordinator: Coordinator, error: BaseException) -> bool:
     """Whether running a transaction anew may help: something that it needed had been changed or locked by others."""
+    if isinstance(error, IndeterminateError):
+        return False  # it may have happened: run again, it might happen twice
     seen: BaseException | None = error
     for _ in range(8):
         if seen is None:
@@ -587,13 +796,14 @@ def decorate(
 
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-            is_inner = _current.get() is not None
             for attempt in range(retries + 1):
+                transaction = make()
                 try:
-                    with make():
+                    with transaction:
                         return function(*args, **kwargs)
                 except Exception as error:
                     # An inner function's conflict is the outer one's to retry: it is one transaction.
+                    is_inner = transaction._joined is not None
                     if is_inner or attempt == retries or not is_retryable(coordinator(), error):
                         raise
                 time.sleep(_pause_seconds(attempt))
@@ -618,12 +828,13 @@ def adecorate(
 
         @functools.wraps(function)
         async def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
-            is_inner = _current.get() is not None
             for attempt in range(retries + 1):
+                transaction = make()
                 try:
-                    async with make():
+                    async with transaction:
                         return await cast(Awaitable[Any], function(*args, **kwargs))
                 except Exception as error:
+                    is_inner = transaction._joined is not None
                     if is_inner or attempt == retries or not is_retryable(coordinator(), error):
                         raise
                 await asyncio.sleep(_pause_seconds(attempt))

@@ -25,13 +25,13 @@ from contextlib import AbstractContextManager
 from enum import Enum
 from typing import Any, Final
 
-from coordlib.errors import CoordError, invariant
+from coordlib.errors import CoordError, UsageError, invariant
 from coordlib.node.operations import Do, OpGen, Outcome, Together
 from coordlib.txn.branches import Branch, Finish
 from coordlib.txn.gtid import BranchName
-from coordlib.txn.members import LocalMember
+from coordlib.txn.members import Ballot, LocalMember
 from coordlib.txn.recovery import Recovery, heuristic_gen, outcome_gen
-from coordlib.txn.service import Answer, Status, Verb, Wish
+from coordlib.txn.service import Answer, Status, Verb, Wish, text_of_error
 from coordlib.txn.transaction import BRANCHES_MAX
 
 __all__ = ["ENDED_MAX", "WORKS_MAX", "Participants", "Work", "WorkState"]
@@ -109,7 +109,8 @@ class Work:
 
     def name_branch(self, resource_tag: bytes) -> bytes:
         """The bqual for one branch more: distinct from those of every other service of this transaction here."""
-        invariant(self._numbers < BRANCHES_MAX // 8, "too many branches of one service")
+        if self._numbers >= BRANCHES_MAX // 8:
+            raise UsageError(f"a service has at most {BRANCHES_MAX // 8} branches in one transaction")
         # The initiator's own branches have small numbers; each service has eight of its own.
         number = 64 + (self.key[1] * 8 + self._numbers) % 192
         self._numbers += 1
@@ -278,8 +279,9 @@ class Participants:
             result: bytes = yield execute(work, wish.operation, wish.payload)
         except Exception as error:
             # What it had done so far may be half of it: whoever swallows this error must not commit it.
-            work.doomed = f"{wish.operation} raised {type(error).__name__}: {error}"
-            return Answer(Status.RAISED, [type(error).__name__, str(error)])
+            text = text_of_error(error)
+            work.doomed = f"{wish.operation} raised {type(error).__name__}: {text}"
+            return Answer(Status.RAISED, [type(error).__name__, text])
         is_reader = all(member.expects_read_only for member in work.members)
         return Answer(Status.READ if is_reader else Status.RETURNED, result)
 
@@ -293,7 +295,7 @@ class Participants:
         if failed is not None:
             # What may be prepared all the same is found in its resource, if it cannot be rolled back now.
             yield from self._tell_gen(work, False)
-            return self._end(work, False, Answer(Status.NO, str(failed.error)))
+            return self._end(work, False, Answer(Status.NO, _why(failed)))
         work.members = [member for member in work.members if member.participants]
         if not work.members:
             return self._end(work, True, Answer(Status.READ_ONLY))
@@ -312,7 +314,7 @@ class Participants:
         if ballot.error is None:
             return self._end(work, True, _ended())
         status = Status.REFUSED if ballot.is_lost else Status.NO
-        return self._end(work, False, Answer(status, str(ballot.error)))
+        return self._end(work, False, Answer(status, _why(ballot)))
 
     def _finish_gen(self, work: Work, commit: bool) -> OpGen[Answer]:
         """The outcome is known: obey it."""
@@ -390,6 +392,10 @@ class Participants:
     def _obeyed(self, work: Work, is_committed: bool, bquals: Sequence[bytes]) -> None:
         if is_committed and not work.decider_tag:
             self._recovery.forget([(work.gtid, bqual) for bqual in bquals])
+
+
+def _why(ballot: Ballot) -> str:
+    return "" if ballot.error is None else text_of_error(ballot.error)
 
 
 def _ended() -> Answer:

@@ -32,11 +32,32 @@ from coordlib.txn.gtid import GTID_SIZE, TAG_SIZE
 from coordlib.txn.members import Ballot, Ending, Participant
 from coordlib.wire.messages import RequestKind
 
-__all__ = ["Answer", "RemoteMember", "Status", "Verb", "Wish", "decode_answer", "decode_wish"]
+__all__ = [
+    "Answer",
+    "RemoteMember",
+    "Status",
+    "Verb",
+    "Wish",
+    "decode_answer",
+    "decode_wish",
+    "text_of_error",
+]
 
 FORMAT: Final = 1
 _TEXT_MAX: Final = 255
 _INT_MAX: Final = 1 << 62
+_ERROR_SIZE_MAX: Final = 4000
+
+
+def text_of_error(error: BaseException) -> str:
+    """What it says, as far as that can travel: a handler's error may say a lot, what is no text, or fail to say it."""
+    try:
+        text = str(error)
+    except Exception as failure:
+        return f"(it cannot be shown: {type(failure).__name__})"
+    if len(text) > _ERROR_SIZE_MAX:
+        text = f"{text[:_ERROR_SIZE_MAX]}... ({len(text)} characters)"
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Verb(IntEnum):

@@ -109,6 +109,7 @@ class Transaction:
         expires_ms: The same moment by this process's clock: nobody waits longer for a vote.
         session: Of this process; the decision is asked for in it.
         change: What the decision carries; set before commit.
+        outcome: COMMITTED or ABORTED, once it is one of them for certain.
     """
 
     __slots__ = (
@@ -122,6 +123,7 @@ class Transaction:
         "members",
         "node",
         "node_tag",
+        "outcome",
         "state",
     )
 
@@ -134,6 +136,7 @@ class Transaction:
         self.members: list[Member] = []
         self.change = StateChange()
         self.state = State.ACTIVE
+        self.outcome: State | None = None
         self.doomed = ""  # why it must not commit
         self.decider_tag = b""  # of the last resource, where there is one
         self._numbers = 0
@@ -144,6 +147,8 @@ class Transaction:
     def become(self, state: State) -> None:
         invariant(state in _NEXT[self.state], "a transaction that is %s became %s", self.state, state)
         self.state = state
+        if state in (State.COMMITTED, State.ABORTED):
+            self.outcome = state
 
     def name_branch(self, resource_tag: bytes) -> bytes:
         """
@@ -172,8 +177,15 @@ class Transaction:
         self.decider_tag = resource_tag
 
     def enlist(self, branch: Branch, *, expects_read_only: bool = False) -> LocalMember:
-        """Have a branch of this process take part."""
+        """
+        Have a branch of this process take part.
+
+        Raises:
+            UsageError: There are too many.
+        """
         invariant(self.state is State.ACTIVE, "a branch joined a transaction that is %s", self.state)
+        if len(self.members) >= BRANCHES_MAX:
+            raise UsageError(f"a transaction has at most {BRANCHES_MAX} branches")
         member = LocalMember(branch, self.node, expects_read_only=expects_read_only)
         self.members.append(member)
         return member

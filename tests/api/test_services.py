@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import coordlib
 from coordlib.errors import (
     ConfigError,
     FlavourError,
+    NoQuorum,
     ServiceError,
     ServiceUnreachable,
     TransactionAborted,
@@ -200,6 +202,164 @@ def test_what_cannot_be_hosted_is_refused(cluster: coordlib.Cluster, shelf: Shel
         coordlib.AsyncCluster.local().participant("x")
     with pytest.raises(UsageError):
         cluster.service("")
+
+
+def test_a_handler_is_in_its_caller_s_transaction(cluster: coordlib.Cluster) -> None:
+    """It has its name, state and time; its doom, and an error that it swallows, are a vote of no."""
+    local = cluster.resource(LastStore("local"))
+    heard: list[Any] = []
+
+    @cluster.participant("till")
+    class Till:
+        def look(self) -> None:
+            with cluster.transaction() as tx:
+                heard.extend((tx.gtid, tx.state))
+                assert 0 < tx.remaining() <= 5
+
+        def doom(self) -> None:
+            with cluster.transaction() as tx:
+                tx.doom("wrong moon")
+
+        def swallow(self) -> None:
+            with pytest.raises(ZeroDivisionError), cluster.transaction():
+                raise ZeroDivisionError
+
+        def undo(self) -> None:
+            cluster.transaction().begin().rollback()
+
+        def misuse(self) -> None:
+            with cluster.transaction() as tx:
+                heard.append(tx)
+                for add in (tx.before_commit, tx.on_commit, tx.on_abort):
+                    with pytest.raises(UsageError, match="application that began"):
+                        add(list)
+                with pytest.raises(UsageError, match="application that began"), tx.savepoint():
+                    pass
+                with pytest.raises(UsageError, match="SQLite"):
+                    tx.enlist(local)
+
+    till = cluster.service("till")
+    with cluster.transaction() as tx:
+        till.look()
+        assert heard == [tx.gtid, "active"]
+    for operation, why in (("doom", "wrong moon"), ("swallow", "inner block"), ("undo", "inner block")):
+        with pytest.raises(TransactionAborted, match=why), cluster.transaction():
+            till.call(operation)
+    with cluster.transaction():
+        till.misuse()
+        with pytest.raises(UsageError, match="has returned"):
+            heard[-1].enlist(local)
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("it has no words")
+
+
+def test_whatever_an_operation_raises_or_returns_is_answered(cluster: coordlib.Cluster) -> None:
+    """Once: as an error that travels. No thread of the service dies of it, and its transaction does not commit."""
+    runs: list[str] = []
+    circle: list[Any] = []
+    circle.append(circle)
+
+    class Odd:
+        def leave(self) -> None:
+            runs.append("leave")
+            sys.exit("for good")
+
+        def mumble(self) -> None:
+            runs.append("mumble")
+            raise Unspeakable
+
+        def shout(self) -> None:
+            runs.append("shout")
+            raise ValueError("x" * 10_000_000)
+
+        def stammer(self) -> None:
+            runs.append("stammer")
+            raise ValueError("\udcff")
+
+        def turn(self) -> Any:
+            runs.append("turn")
+            return circle
+
+        def hand_over(self) -> Any:
+            runs.append("hand_over")
+            return threading.Lock()
+
+        def flood(self) -> Any:
+            runs.append("flood")
+            return b"x" * 10_000_000
+
+        def again(self) -> None:
+            runs.append("again")
+            cluster.service("odd").stammer()
+
+        def answer(self) -> int:
+            return 42
+
+    cluster.participant("odd")(Odd())
+    odd = cluster.service("odd")
+    expected = {
+        "leave": "SystemExit: for good",
+        "mumble": "cannot be shown",
+        "shout": "10000000 characters",
+        "stammer": "udcff",
+        "turn": "contains itself",
+        "hand_over": "cannot be stored",
+        "flood": "10000",
+    }
+    for operation, text in expected.items():
+        with pytest.raises(ServiceError, match=text):
+            odd.call(operation)
+        with pytest.raises(TransactionAborted), cluster.transaction():
+            odd.answer()
+            with pytest.raises(ServiceError, match=text):
+                odd.call(operation)
+    with (
+        pytest.raises(TransactionAborted),
+        cluster.transaction(),
+        pytest.raises(ServiceError, match="let its caller do it"),
+    ):
+        odd.again()  # a service that calls itself, or a circle of them
+    assert runs == [operation for operation in expected for _ in range(2)] + ["again"]
+    host = cluster._host
+    assert host is not None
+    assert all(thread.is_alive() for thread in host._threads)
+    assert odd.answer() == 42
+
+
+def test_operations_are_plain_functions(cluster: coordlib.Cluster) -> None:
+    """A coroutine would be made and never run."""
+
+    class Tasks:
+        async def work(self) -> None: ...
+
+    with pytest.raises(FlavourError, match="async def"):
+        cluster.participant("tasks")(Tasks)
+    assert "tasks" not in cluster._hosting()._hosted
+
+
+def test_hosting_that_could_not_be_registered_is_tried_again(
+    cluster: coordlib.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same handler: what it was given back of its promises it has."""
+    shelf, host = Shelf(cluster), cluster._hosting()
+
+    def no_quorum(name: str) -> OpGen[None]:
+        raise NoQuorum("nobody there")
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "_register_gen", no_quorum)
+        with pytest.raises(NoQuorum):
+            cluster.participant("shelf")(shelf)
+        with pytest.raises(UsageError, match="already"):
+            cluster.participant("shelf")(Shelf(cluster))
+    cluster.participant("shelf")(shelf)
+    assert cluster.service("shelf").add(1, b=2) == 3
+    with pytest.raises(UsageError, match="already"):
+        cluster.participant("shelf")(shelf)
 
 
 def test_a_client_of_a_cluster_that_is_named_local_keeps_its_promises_on_a_disk() -> None:

@@ -181,6 +181,11 @@ class ZopeBranch:
     def bqual(self) -> bytes:
         return self._bqual
 
+    @property
+    def connection(self) -> Any:
+        """What the application works with: the transaction that data managers join."""
+        return self.transaction
+
     def prepare(self) -> Vote:
         if self._state == "ended":
             raise BranchFailed(f"the branch in {self._resource.name!r} has been rolled back")
