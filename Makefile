@@ -6,8 +6,10 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint bench simulate mutants kill9 bank duplicates nemesis powercuts clean
 
+# DB=postgres or DB=mariadb: the services of its orders have databases, which it starts from installed binaries.
+DB ?=
 demo: $(STAMP)
-	@$(PY) -m coordlib.cli demo
+	@$(PY) -m coordlib.cli demo $(if $(DB),--db $(DB))
 
 test: $(STAMP)
 	$(PY) -m pytest

@@ -58,12 +58,12 @@ def is_alive(pid: int) -> bool:
 
 def test_the_demo_proves_its_claims_and_leaves_nothing(tmp_path: Path) -> None:
     """
-    Leader killed, writes go on, the member catches up; orders over two services are whole, whoever is killed when. Five
+    Leader killed, writes go on, the member catches up; orders over two services are whole, whoever is killed when. Six
     proofs hold; no process and no file remains.
     """
     code, out = play(tmp_path)
     assert code == 0, out
-    assert out.count("proved: ") == 5
+    assert out.count("proved: ") == 6
     for words in (
         "kill -9",
         "the leader, is dead",
@@ -134,3 +134,19 @@ def _await_end(pid: int) -> None:
         assert ended, f"process {pid} outlived the demo"
     finally:
         os.close(file)
+
+
+def test_a_demo_that_is_interrupted_leaves_no_database(tmp_path: Path) -> None:
+    """One server runs, the other one is being made."""
+    process = start(tmp_path, "--db", "postgres")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    if "is not installed" in err and os.environ.get("COORDLIB_REQUIRE_DATABASES") != "1":
+        pytest.skip(err)
+    assert "the PostgreSQL of inventory: process " in line, err
+    assert (process.returncode, "interrupted" in err) == (130, True), err
+    assert not any(map(is_alive, processes_of(line)))
+    assert not Path(line.split()[-1]).exists()
+    assert list(tmp_path.iterdir()) == []

@@ -105,7 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", "three applications through kill -9 of the leader's, with proofs at the end")
     demo.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
     demo.add_argument(
-        "--sabotage", choices=["lock", "ack"], default="", help="break it on purpose: the proof must fail"
+        "--db",
+        choices=["postgres", "mariadb"],
+        default="",
+        help="what the services of the orders keep theirs in: started from installed binaries, and thrown away; "
+        "by default files and a journal",
+    )
+    demo.add_argument(
+        "--sabotage",
+        choices=["lock", "ack", "order"],
+        default="",
+        help="break it on purpose: the proof must fail",
     )
     demo.add_argument("--seconds", type=float, default=12.0, help=argparse.SUPPRESS)
 

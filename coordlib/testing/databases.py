@@ -107,6 +107,11 @@ class DatabaseServer:
         raise NotImplementedError
 
     @property
+    def pid(self) -> int:
+        """Of the process that `start` made, which may have others; 0 before and afterwards."""
+        return 0 if self._process is None else self._process.pid
+
+    @property
     def is_running(self) -> bool:
         """Whether the process that `start` made is alive."""
         return self._process is not None and self._process.poll() is None

@@ -75,6 +75,28 @@ def test_a_start_that_is_interrupted_leaves_nothing(place: Path) -> None:
     assert list(place.iterdir()) == []
 
 
+def test_a_creation_that_is_interrupted_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: list[int] = []
+
+    class Slow(Sleeper):
+        def _create(self) -> None:
+            self._run(["sleep", "1000"])
+
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if not pids:
+            pids.append(process.pid)
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Slow()
+    assert not Path(f"/proc/{pids[0]}").exists()
+    assert list(place.iterdir()) == []
+
+
 def test_a_creation_that_fails_says_why_and_leaves_nothing(place: Path) -> None:
     class Failing(Sleeper):
         def _create(self) -> None:

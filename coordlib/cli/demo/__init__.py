@@ -14,4 +14,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not 0.5 <= arguments.seconds <= 3600:
         raise UsageError(f"--seconds is between 0.5 and 3600; got {arguments.seconds:g}")
-    return story.run(seconds=arguments.seconds, is_plain=arguments.plain, sabotage=arguments.sabotage)
+    return story.run(
+        seconds=arguments.seconds,
+        is_plain=arguments.plain,
+        sabotage=arguments.sabotage,
+        database=arguments.db,
+    )

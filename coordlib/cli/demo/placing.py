@@ -1,28 +1,29 @@
-"""The last scene: an order over two services in one transaction, while those who take part are killed at the worst moments.
+"""The last scenes: an order over two services in one transaction, while those who take part are killed at the worst moments.
 
-The services tell what they promised, and what became of that, themselves (`examples/placing_orders.py`); this module says when
-somebody dies, and looks at the files and the map afterwards.
+What becomes of it is told by the services themselves (`examples/placing_orders.py`), or found in their databases (`stores`);
+this module says when somebody dies, and looks at the files, the databases and the map afterwards.
 """
 
 from __future__ import annotations
 
-import json
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from coordlib.cli.demo.processes import Application
+from coordlib.cli.demo.stores import SAY_SECONDS, Store
 from coordlib.cli.demo.view import View
 from coordlib.errors import StartError
 
-__all__ = ["Placing"]
+__all__ = ["SERVICES", "Placing"]
 
 PROGRAM: Final = "placing_orders.py"
 SERVICES: Final = ("inventory", "billing")
 START_SECONDS: Final = 20.0
-SAY_SECONDS: Final = 30.0
 ALONE_SECONDS: Final = 2.0
 """How long the last resource's process is away."""
 
@@ -34,12 +35,23 @@ class Placing:
     Args:
         environment: How they find the cluster.
         directory: For their files.
+        stores: Of the services, by name; whoever made them closes them.
+        read_orders: Gives what the map "orders" holds under some keys.
     """
 
-    def __init__(self, view: View, environment: Mapping[str, str], directory: Path) -> None:
+    def __init__(
+        self,
+        view: View,
+        environment: Mapping[str, str],
+        directory: Path,
+        stores: Mapping[str, Store],
+        read_orders: Callable[[list[str]], dict[str, str]],
+    ) -> None:
         self._view = view
         self._environment = dict(environment)
         self._directory = directory
+        self._stores = dict(stores)
+        self._read_orders = read_orders
         self._running: dict[str, Application] = {}
 
     def __enter__(self) -> Placing:
@@ -54,41 +66,39 @@ class Placing:
             _, application = self._running.popitem()
             application.close(3.0)
 
-    def play(self, read_orders: Callable[[list[str]], dict[str, str]]) -> list[str]:
+    def open(self) -> None:
         """
-        Play all three acts; returns what was not as promised.
-
-        Args:
-            read_orders: Gives what the map "orders" holds under some keys.
+        Start all three. The scenes follow, in the order in which they stand here; each returns what was not as promised.
 
         Raises:
-            StartError: A process did not do what it was told: with the end of its log.
+            StartError: One does not start: with the end of its log. From the scenes as well, if a process does not do what
+                it is told.
         """
         for name in (*SERVICES, "desk"):
             self._start(name)
         for name in (*SERVICES, "desk"):
             self._running[name].expect("open", START_SECONDS)
-        self._view.event("an order over two services, each with its journal, and a map: one transaction")
-        self._die_before_the_decision()
-        self._die_after_the_decision()
-        self._die_with_the_decision()
-        return self._look(read_orders(["o-1", "o-2", "o-3"]))
 
-    # -- acts
+    # -- scenes
 
-    def _die_before_the_decision(self) -> None:
+    def play_before_the_decision(self) -> list[str]:
+        """An order over two services and a map. The desk dies when both have promised."""
+        keeping = " and ".join(f"{name} with its {self._stores[name].words}" for name in SERVICES)
+        self._view.event(f"an order over two services, {keeping}, and a map: one transaction")
         self._promise("order", "o-1")
         self._kill("desk", "all have promised, nothing is decided")
         died = time.monotonic()
         for name in SERVICES:
-            self._running[name].expect("released o-1", SAY_SECONDS)
+            self._stores[name].await_released(self._running[name], "o-1")
         self._view.event(
             f"both services have let go of it {time.monotonic() - died:.1f} s later: nobody is left half done, nobody waits "
             "for the desk",
             is_good=True,
         )
+        return self._compare("o-1", False) + self._compare_map("o-1", False)
 
-    def _die_after_the_decision(self) -> None:
+    def play_after_the_decision(self) -> list[str]:
+        """Another. Everybody dies, databases included, when it is decided and nobody has done it."""
         self._start("desk").expect("open", START_SECONDS)
         self._promise("order", "o-2")
         for name in SERVICES:
@@ -97,14 +107,15 @@ class Placing:
         self._running["desk"].tell("go")
         self._running["desk"].expect("decided", SAY_SECONDS)
         for name in SERVICES:
-            self._running[name].expect("told o-2", SAY_SECONDS)
+            self._running[name].expect("told", SAY_SECONDS)
         for name in ("desk", *SERVICES):
             self._kill(name, "it is decided, and nobody has done it yet")
+        self._crash_databases()
         begun = time.monotonic()
         for name in SERVICES:
             self._start(name)
         for name in SERVICES:
-            self._running[name].expect("took o-2", SAY_SECONDS)
+            self._stores[name].await_taken(self._running[name], "o-2")
         self._view.event(
             f"the services are back and have done what was decided, {time.monotonic() - begun:.1f} s after their start; the "
             "desk is still dead",
@@ -112,33 +123,62 @@ class Placing:
         )
         for name in SERVICES:
             self._running[name].expect("open", START_SECONDS)
+        return self._compare("o-2", True) + self._compare_map("o-2", True)
 
-    def _die_with_the_decision(self) -> None:
+    def _crash_databases(self) -> None:
+        for name in SERVICES:
+            store, server = self._stores[name], self._stores[name].server
+            if server is not None:
+                self._view.event(
+                    f"kill -9 {server.pid}: the {store.words} of {name} is dead, too", is_bad=True
+                )
+                server.restart()
+                self._view.event(f"the {store.words} of {name} is back: process {server.pid}")
+
+    def play_last_resource(self) -> list[str]:
+        """The same services, and an SQLite database, which decides. Its process dies before it has; then all goes well."""
+        self._view.event(
+            "now with an SQLite database, which cannot promise: it decides for the others, by its own commit"
+        )
         self._start("desk").expect("open", START_SECONDS)
         self._promise("notes", "o-3")
-        self._kill("desk", "an SQLite database takes part, and it alone can say how this ends")
+        self._kill("desk", "it alone can say how this ends")
         time.sleep(ALONE_SECONDS)
         self._start("desk")
         begun = time.monotonic()
         for name in SERVICES:
-            self._running[name].expect("released o-3", SAY_SECONDS)
+            self._stores[name].await_released(self._running[name], "o-3")
         self._view.event(
             f"they waited for it, as SQLite's price is; {time.monotonic() - begun:.1f} s after its process was started "
             "again it had said no",
             is_good=True,
         )
         self._running["desk"].expect("open", START_SECONDS)
+        self._promise("notes", "o-4")
+        self._running["desk"].tell("go")
+        self._running["desk"].expect("decided", SAY_SECONDS)
+        for name in SERVICES:
+            self._stores[name].await_taken(self._running[name], "o-4")
+        self._view.event("and the next order, with nobody killed, is everywhere", is_good=True)
+        with closing(sqlite3.connect(self._directory / "desk" / "notes.db")) as notes:
+            noted = {number for (number,) in notes.execute("SELECT number FROM notes")}
+        violations = self._compare("o-3", False) + self._compare("o-4", True)
+        if noted != {"o-4"}:
+            violations.append(f"the SQLite database has {sorted(noted)}, and not o-4 alone")
+        return violations
+
+    # -- telling
 
     def _promise(self, command: str, order: str) -> None:
         self._running["desk"].tell(f"{command} {order}")
         for name in SERVICES:
-            self._running[name].expect(f"promised {order}", SAY_SECONDS)
+            self._stores[name].await_promised(self._running[name], order)
         self._running["desk"].expect("asked", SAY_SECONDS)
 
     # -- processes
 
     def _start(self, name: str) -> Application:
-        arguments = ["desk"] if name == "desk" else ["service", name]
+        arguments = ["desk"] if name == "desk" else ["service", name, *self._stores[name].arguments]
         application = Application(
             name,
             {**self._environment, "ORDERS_RECORDS": str(self._directory)},
@@ -159,20 +199,13 @@ class Placing:
 
     # -- afterwards
 
-    def _look(self, orders: Mapping[str, str]) -> list[str]:
-        wanted = {"o-1": False, "o-2": True, "o-3": False}
-        violations = []
-        for name in SERVICES:
-            path = self._directory / name / "taken.json"
-            taken = json.loads(path.read_text("utf-8")) if path.exists() else {}
-            violations += [
-                f"{name} has {'' if order in taken else 'not '}taken order {order}"
-                for order, is_placed in wanted.items()
-                if (order in taken) != is_placed
-            ]
-        violations += [
-            f'the map "orders" has {order}: {orders.get(order)}'
-            for order, is_placed in wanted.items()
-            if (orders.get(order) == "placed") != is_placed
+    def _compare(self, order: str, is_placed: bool) -> list[str]:
+        return [
+            f"{name} has {'not ' if is_placed else ''}taken order {order}"
+            for name in SERVICES
+            if (order in self._stores[name].taken()) != is_placed
         ]
-        return violations
+
+    def _compare_map(self, order: str, is_placed: bool) -> list[str]:
+        found = self._read_orders([order]).get(order)
+        return [] if (found == "placed") == is_placed else [f'the map "orders" has {order}: {found}']

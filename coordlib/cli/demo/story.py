@@ -17,8 +17,9 @@ from types import FrameType, TracebackType
 from typing import Any, Final
 
 from coordlib.cli.demo import records
-from coordlib.cli.demo.placing import Placing
+from coordlib.cli.demo.placing import SERVICES, Placing
 from coordlib.cli.demo.processes import Application, free_endpoints, program_path
+from coordlib.cli.demo.stores import Store, open_store
 from coordlib.cli.demo.view import View
 from coordlib.config import ClientSettings
 from coordlib.errors import StartError
@@ -47,21 +48,23 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def run(*, seconds: float, is_plain: bool, sabotage: str) -> int:
+def run(*, seconds: float, is_plain: bool, sabotage: str, database: str = "") -> int:
     """
     Play the demo; 0 if every proof holds, 1 if one fails.
 
     Args:
         seconds: For the work in all; starting, recovering and proving come on top.
+        database: What the services of the orders keep theirs in: one of `stores.KINDS`, or "" for a journal.
 
     Raises:
+        ServerMissing: That database is not installed here.
         CoordError: It could not be played at all.
     """
     program_path()
     view = View(NAMES, is_plain=is_plain)
     previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        with _Stage(view, sabotage) as stage:
+        with _Stage(view, sabotage, database) as stage:
             stage.open()
             return stage.play(seconds)
     finally:
@@ -72,9 +75,11 @@ def run(*, seconds: float, is_plain: bool, sabotage: str) -> int:
 class _Stage:
     """The directory, the applications and the observer; leaves nothing of them behind."""
 
-    def __init__(self, view: View, sabotage: str) -> None:
+    def __init__(self, view: View, sabotage: str, database: str) -> None:
         self._view = view
         self._sabotage = sabotage
+        self._database = database
+        self._stores: dict[str, Store] = {}
         self._secret = generate_secret(os.urandom)
         self._endpoints: dict[str, str] = {}
         self._applications: dict[str, Application] = {}
@@ -94,13 +99,17 @@ class _Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A second Ctrl-C must not leave processes behind; this takes a few seconds at most.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
         try:
             self._end_applications()
+            for store in self._stores.values():
+                store.close()
         finally:
             os.close(self._journal)
             shutil.rmtree(self._directory, ignore_errors=True)
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _end_applications(self, timeout_seconds: float = 3.0) -> list[str]:
         """All at once; returns the names of those that did not leave by themselves."""
@@ -124,6 +133,13 @@ class _Stage:
         view = self._view
         if self._sabotage:
             view.event(f"SABOTAGE ({self._sabotage}): the proofs at the end must fail", is_bad=True)
+        # First: what is not installed is found out at once.
+        for name in SERVICES:
+            store = self._stores[name] = open_store(self._database, self._directory / "placing" / name)
+            if store.server is not None:
+                view.event(
+                    f"the {store.words} of {name}: process {store.server.pid} in {store.server.directory}"
+                )
         for attempt in range(1, STARTS_MAX + 1):
             self._endpoints = free_endpoints(NAMES)
             begun = time.monotonic()
@@ -319,8 +335,8 @@ class _Stage:
         writes, counters = self._read_members(acknowledged, exclusion)
         self._show()
         view.event("work has stopped; the proofs follow, from records made outside of coordlib")
-        # What is broken on purpose is not this.
-        half_done = None if self._sabotage else self._place_orders()
+        # Unless something else is broken on purpose.
+        orders = self._place_orders() if self._sabotage in ("", "order") else []
         left_over = self._end_applications(LEAVE_SECONDS)
 
         findings = [
@@ -345,12 +361,7 @@ class _Stage:
                 [f"{name} had to be killed" for name in left_over],
             ),
         ]
-        if half_done is not None:
-            claim = "no order over two services is half done"
-            figures = (
-                "the desk killed before the decision, all killed after it, SQLite's process killed with it"
-            )
-            findings.insert(-1, (claim, figures, half_done))
+        findings[-1:-1] = orders
         view.line()
         view.line(f"longest gap without an acknowledged write after kill -9 of the leader: {gap_ms:.0f} ms")
         if exclusion.handed_on_ns:
@@ -370,18 +381,33 @@ class _Stage:
                 view.line(f"    ... and {len(violations) - FINDINGS_SHOWN_MAX:,} more")
         return 1 if any(violations for _, _, violations in findings) else 0
 
-    def _place_orders(self) -> list[str]:
-        """The scene of transactions, in the same cluster."""
+    def _place_orders(self) -> list[tuple[str, str, list[str]]]:
+        """The scenes of transactions, in the same cluster; returns what they prove: claims, figures, what was not so."""
         environment = {
             "COORDLIB_CLUSTER": CLUSTER,
             "COORDLIB_ENDPOINTS": ",".join(self._endpoints.values()),
             "COORDLIB_SECRET": self._secret,
             "COORDLIB_SESSION_TTL": str(SESSION_TTL_SECONDS),
         }
+        if self._sabotage:
+            environment["ORDERS_SABOTAGE"] = self._sabotage
         directory = self._directory / "placing"
         directory.mkdir()
-        with Placing(self._view, environment, directory) as placing:
-            return placing.play(self._read_orders)
+        with Placing(self._view, environment, directory, self._stores, self._read_orders) as placing:
+            placing.open()
+            databases = ", and their databases" if self._database else ""
+            return [
+                (
+                    "no order over two services is half done",
+                    f"the desk killed before the decision, all killed after it{databases}",
+                    placing.play_before_the_decision() + placing.play_after_the_decision(),
+                ),
+                (
+                    "no order that SQLite decides is half done",
+                    "its process killed with the decision, and none",
+                    placing.play_last_resource(),
+                ),
+            ]
 
     def _read_orders(self, orders: list[str]) -> dict[str, str]:
         """What the map "orders" has under these keys, as the leader has applied it."""
