@@ -322,12 +322,11 @@ class View:
         Yield all keys and values in order, letting go of old values on the way. May be resumed much later.
         """
         freeze = self._freeze
-        for number in range(BUCKETS):
-            if self._is_closed:
-                raise ViewLost
-            bucket = self._buckets[number]
+        if self._is_closed:
+            raise ViewLost
+        # Nobody else runs but between two yields of pairs: until then `_position` may lag, and nothing is closed.
+        for number, bucket in enumerate(self._buckets):
             if not bucket and number not in self._old:
-                self._position = number + 1
                 continue
             keys = self._keys(number)
             old = self._old.pop(number, {})
@@ -341,6 +340,9 @@ class View:
                 pairs.append((key, value))
             self._position = number + 1
             yield from pairs
+            if self._is_closed:
+                raise ViewLost
+        self._position = BUCKETS
 
     def close(self) -> None:
         """Let go of everything; idempotent. What it remembered is freed by the reclaimer."""

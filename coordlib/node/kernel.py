@@ -513,9 +513,9 @@ class MemberKernel:
         raft = self.raft
         if raft is not None:
             assert self.service is not None and self._taker is not None and self._senders is not None
-            deadline = min(deadline, raft.deadline, self.service.deadline, self._senders.deadline)
-            if self._taker.is_active or self._has_garbage:
+            if self._has_garbage or self._taker.is_active:
                 return self._now
+            deadline = min(deadline, raft.deadline, self.service.deadline, self._senders.deadline)
             if self._to_apply:
                 deadline = min(deadline, self._now if raft.is_leader else self._apply_at)
         return deadline
@@ -529,7 +529,7 @@ class MemberKernel:
         raft = self.raft
         if raft is not None:
             assert self.service is not None
-            if raft.is_leader:
+            if self.session.has_outgoing and raft.is_leader:
                 # Our own reads are asked before the core looks at the time: a lease that holds now answers them now.
                 self._flush_session(raft, self.service, now)
             if now >= raft.deadline:
@@ -588,7 +588,8 @@ class MemberKernel:
             # Others wait for these (acknowledgements of what just became durable); applying can follow.
             return self._take()
         while True:
-            self._flush_session(raft, service, now)
+            if self.session.has_outgoing:
+                self._flush_session(raft, service, now)
             progressed = False
             if self._ready is None and raft.has_ready():
                 progressed = True
@@ -694,8 +695,6 @@ class MemberKernel:
 
     def _flush_session(self, raft: RawNode, service: RequestService, now: int) -> None:
         session = self.session
-        if not session.has_outgoing:
-            return
         if raft.is_leader:
             requests = session.flush(now)
             if requests:

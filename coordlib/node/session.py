@@ -487,15 +487,20 @@ class SessionClient:
     @property
     def deadline(self) -> int:
         """When `tick` has something to do at the latest."""
-        deadline = min(self._next_scan, self._next_keep_alive)
         view = self.view
-        if view.state in (SessionState.CONNECTED, SessionState.SUSPENDED):
-            deadline = min(deadline, view.valid_until_ms)
-            if view.state is SessionState.CONNECTED:
-                deadline = min(deadline, self._last_answer_ms + self._timing.session_ttl_ms // 2)
-        if self._hold_until:
-            deadline = min(deadline, self._hold_until)
-        return deadline
+        state = view.state
+        if state is SessionState.CONNECTED:
+            deadline = min(
+                self._next_scan,
+                self._next_keep_alive,
+                view.valid_until_ms,
+                self._last_answer_ms + self._timing.session_ttl_ms // 2,
+            )
+        elif state is SessionState.SUSPENDED:
+            deadline = min(self._next_scan, self._next_keep_alive, view.valid_until_ms)
+        else:
+            deadline = min(self._next_scan, self._next_keep_alive)
+        return min(deadline, self._hold_until) if self._hold_until else deadline
 
     def tick(self, now: int) -> None:
         view = self.view

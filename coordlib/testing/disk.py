@@ -428,7 +428,9 @@ class SimulatedFileSystem:
 
     def pending(self) -> list[tuple[str, PendingChange]]:
         """Un-synced changes of content; within a file, in the order in which `crash_with` asks."""
-        return [(path, change) for path in sorted(self._names) for change in self._names[path].pending]
+        names = self._names
+        changed = sorted([path for path, inode in names.items() if inode.pending])
+        return [(path, change) for path in changed for change in names[path].pending]
 
     def clone(self) -> SimulatedFileSystem:
         """Return a copy on which another fate can be tried. Handles, locks and faults are not copied."""

@@ -358,7 +358,7 @@ def decode_messages(data: bytes) -> list[tuple[int, Message]]:
     for row in rows:
         if type(row) is not list or len(row) < 2:
             raise MalformedMessage("a message is an array [kind, group, ...]")
-        kind, group = row[:2]
+        kind, group = row[0], row[1]
         if type(kind) is not int or type(group) is not int or not 0 <= group <= INT_MAX:
             raise MalformedMessage("kind and group are integers of at most 63 bits")
         decode = decoders.get(kind)

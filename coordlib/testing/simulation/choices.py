@@ -21,17 +21,18 @@ T = TypeVar("T")
 class Stream:
     """What is drawn for one purpose. `drawn` is all of it, each as the fraction of its range."""
 
-    __slots__ = ("_next", "drawn")
+    __slots__ = ("_append", "_next", "drawn")
 
     def __init__(self, seed: int, name: str) -> None:
         digest = blake2b(b"%d:%s" % (seed, name.encode()), digest_size=16).digest()
         self._next = random.Random(int.from_bytes(digest, "big")).random
         self.drawn = array("d")
+        self._append = self.drawn.append
 
     def random(self) -> float:
         """At least 0 and less than 1."""
         value = self._next()
-        self.drawn.append(value)
+        self._append(value)
         return value
 
     def randrange(self, stop: int) -> int:

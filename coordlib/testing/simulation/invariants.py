@@ -398,8 +398,9 @@ class Invariants:
 
     def turned(self, process: SimulatedProcess, now_ms: int) -> None:
         """A process went round once, to its end or to its crash."""
-        self._processes[process.name] = process
-        life = self._lives.get(process.name)
+        name = process.name
+        self._processes[name] = process
+        life = self._lives.get(name)
         if life is None:
             return
         window = now_ms // ROUNDS_WITHIN_MS
@@ -407,16 +408,15 @@ class Invariants:
             life.window, life.rounds = window, 0
         life.rounds += 1
         if life.rounds > ROUNDS_MAX:
-            raise Violation(
-                "busy loop", f"{process.name} ran {life.rounds} rounds within {ROUNDS_WITHIN_MS} ms"
-            )
-        raft = process._kernel.raft
+            raise Violation("busy loop", f"{name} ran {life.rounds} rounds within {ROUNDS_WITHIN_MS} ms")
+        kernel = process._kernel
+        raft = kernel.raft
         if raft is None:
             return
         term = raft.term
         if term != life.term:
             if term < life.term:
-                raise Violation("term order", f"{process.name} goes from term {life.term} back to {term}")
+                raise Violation("term order", f"{name} goes from term {life.term} back to {term}")
             life.term = term
             if life.was_leader:
                 life.was_leader = False
@@ -425,17 +425,17 @@ class Invariants:
             if not life.was_leader:
                 life.was_leader = True
                 self._elected(process)
-            term_at = raft.log.term_at
+            disks, term_at = self._disks, raft.log.term_at
             for peer in raft._peers:
-                match, disk = peer.match, self._disks[peer.node_id]
+                match, disk = peer.match, disks[peer.node_id]
                 # A follower of a later term may have replaced what a deposed leader still counts on.
-                if match <= disk.forgotten or match <= disk.base or disk.hard_state.term > term:
+                if match <= disk.forgotten or match <= disk.base or disk.hard_state[0] > term:
                     continue
                 held, expected = disk.terms.get(match), term_at(match)
                 if held is None or (held != expected and expected >= 0):  # below 0: compacted here
                     raise Violation(
                         "match index",
-                        f"{process.name} believes that {peer.node_id} has entry {match} of term {expected}, "
+                        f"{name} believes that {peer.node_id} has entry {match} of term {expected}, "
                         f"its disk has {held}",
                     )
         elif life.was_leader:
@@ -444,12 +444,12 @@ class Invariants:
         commit = raft.commit_index
         if commit != life.commit:
             self._committed_to(process, life, commit)
-        applied = process._kernel.machine.applied_index
         if life.must_compare:
             life.must_compare = False
             self._compare_state(cast("MemberProcess", process))  # only members have lives
+        applied = kernel.machine.applied_index
         if applied != life.applied:
-            self._applied_to(process.name, life, applied)
+            self._applied_to(name, life, applied)
 
     def _elected(self, process: SimulatedProcess) -> None:
         raft = process._kernel.raft

@@ -33,6 +33,8 @@ INBOX_MAX: Final = 3000
 KEEPALIVE_MS: Final = 700
 """How long a connection lives whose other end is silent."""
 
+_frame_received = tuple.__new__  # as `FrameReceived(...)` does, once for every frame, without its wrapper
+
 
 class Link:
     """A connection that a transport keeps up."""
@@ -151,35 +153,40 @@ class SimulatedTransport:
     # -- frames
 
     def send(self, connection: int, frame: bytes) -> bool:
-        self.process.count_effect()
+        if self.process.effects_left is not None:
+            self.process.count_effect()
         link = self.links.get(connection)
-        if link is None or link.wire is None:
+        if link is None:
             return False
         wire = link.wire
-        return self._carry(wire, 0, wire.listener, FrameReceived(0, wire.route, frame))
+        if wire is None:
+            return False
+        return self._carry(wire, 0, wire.listener, _frame_received(FrameReceived, (0, wire.route, frame)))
 
     def reply(self, route: bytes, frame: bytes) -> bool:
-        self.process.count_effect()
+        if self.process.effects_left is not None:
+            self.process.count_effect()
         wire = self.routes.get(route)
         if wire is None:
             return False
         link = wire.link
-        return self._carry(wire, 1, link.dialer, FrameReceived(link.id, b"", frame))
+        return self._carry(wire, 1, link.dialer, _frame_received(FrameReceived, (link.id, b"", frame)))
 
     def _carry(self, wire: Wire, direction: int, to: SimulatedTransport, event: FrameReceived) -> bool:
         world = self.world
-        if wire.under_way[direction] >= wire.queue_max:
+        under_way, arrivals = wire.under_way, wire.arrivals
+        if under_way[direction] >= wire.queue_max:
             world.counts["frames_refused"] += 1
             return False
-        wire.under_way[direction] += 1
+        under_way[direction] += 1
         world.trace = crc32(event.frame, world.trace)
         draw = world.network_chance.random()
         # One draw decides: the least of it whether anything rare happens, all of it how long it takes.
         at = world.now + self.process.lag_ms + world.delays[int(draw * QUANTILES)]
-        if at < wire.arrivals[direction]:
-            at = wire.arrivals[direction]
+        if at < arrivals[direction]:
+            at = arrivals[direction]
         else:
-            wire.arrivals[direction] = at
+            arrivals[direction] = at
         if world.records is not None:
             _record(world.records, wire.pairs[direction], event.frame)
         if draw < world.rare_chance:

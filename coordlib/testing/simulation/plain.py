@@ -33,7 +33,7 @@ def _encrypt(nonce: bytes, data: bytes, aad: bytes) -> bytes:
 
 def _decrypt(nonce: bytes, data: bytes, aad: bytes) -> bytes:
     plaintext = bytes(data[:-TAG_SIZE])
-    if crc32(plaintext, crc32(aad)).to_bytes(TAG_SIZE, "big") != data[-TAG_SIZE:]:
+    if crc32(plaintext, crc32(aad)) != int.from_bytes(data[-TAG_SIZE:], "big"):
         raise InvalidTag
     return plaintext
 
