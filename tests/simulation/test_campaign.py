@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,56 @@ def test_a_hash_seed_is_only_for_the_processes_that_it_was_meant_for(
         monkeypatch.setenv("PYTHONHASHSEED", before)
     assert list(campaign.run_seeds([], jobs=1, hash_seed="4711")) == []
     assert os.environ.get("PYTHONHASHSEED") == before
+
+
+# -- what does not end --------------------------------------------------------------------------------------
+
+
+def goes_round_for_ever() -> None:
+    while True:
+        pass
+
+
+def hangs_at_two(seed: int) -> Outcome:
+    """What a process is told to do with a seed."""
+    if seed == 2:
+        goes_round_for_ever()
+    return good(seed)
+
+
+def test_a_seed_that_hangs_fails_with_its_stack_and_the_others_go_on() -> None:
+    """Its process is ended, and with it those beside it; what they had begun is done by others."""
+    outcomes = sorted(campaign.run_seeds(range(6), jobs=2, run=hangs_at_two, limit_seconds=1.0))
+    assert [outcome.seed for outcome in outcomes] == [0, 1, 2, 3, 4, 5]
+    assert [outcome.check for outcome in outcomes] == ["", "", "hangs", "", "", ""]
+    assert "in goes_round_for_ever" in outcomes[2].message
+    assert outcomes[2].report is None
+
+
+def dies_at_once(seed: int) -> Outcome:
+    os._exit(3)
+
+
+def test_a_process_that_dies_of_something_else_ends_the_campaign() -> None:
+    """Nobody knows which seed it was, nor that another try would go better."""
+    with pytest.raises(BrokenProcessPool):
+        list(campaign.run_seeds([1], jobs=1, run=dies_at_once))
+
+
+def test_a_seed_that_hangs_is_shown_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cutting it down would hang, too; the command says which seed it is."""
+
+    def tried_again(plan: Plan) -> str:
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr(campaign, "_attempt", tried_again)
+    stage(monkeypatch, lambda seed, _: Outcome(seed, None, campaign.HANGS, "it was here", 0, 0.0))
+    assert main(["--seeds", "7-7"]) == 1
+    shown = capsys.readouterr().out
+    assert "seed 7 at 0 ms: hangs: it was here" in shown
+    assert command_of(shown) == ["--seed", "7"]
 
 
 # -- what a run is ------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import pytest
 
 from coordlib.api.maps import _MapBase
 from coordlib.errors import IndeterminateError, StorageFailed
+from coordlib.testing.simulation.model import Violation
 from coordlib.testing.simulation.processes import MemberProcess
 from coordlib.testing.simulation.surroundings import ClockProfile, NetworkProfile
-from coordlib.testing.simulation.world import World
+from coordlib.testing.simulation.world import AT_ONCE_MAX, World
 
 PATIENCE_MS = 15_000
 
@@ -215,3 +216,37 @@ def test_a_power_cut_is_noticed_later_than_a_kill() -> None:
         world.run(10)
         assert leader._links.is_connected(other.name)
         assert world.run(2000, lambda: not leader._links.is_connected(other.name))
+
+
+def test_a_moment_without_end_is_a_violation_that_names_what_goes_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process whose every turn wakes it again: time stands still, and a bound on events ends it the same way every time."""
+    with World(1, members=1) as world:
+        process = world.start_member("n1")
+        world.run(500)
+        turn = process.take_turn
+
+        def again() -> None:
+            turn()
+            world.at(world.now, process.wake)
+
+        monkeypatch.setattr(process, "take_turn", again)
+        process.wake()
+        now = world.now
+        with pytest.raises(Violation) as caught:
+            world.run(1000)
+        assert caught.value.check == "no progress"
+        assert "a turn of n1, SimulatedProcess.wake" in str(caught.value)
+        assert world.now == now
+
+
+def test_as_much_as_happens_at_one_moment_may_happen_at_every_one() -> None:
+    """The bound is on a moment, not on a run."""
+    with World(1, members=1) as world:
+        seen: list[int] = []
+        for moment in range(3):
+            for _ in range(AT_ONCE_MAX * 2 // 3):
+                world.at(moment, seen.append, moment)
+        world.run(10)
+        assert len(seen) == 3 * (AT_ONCE_MAX * 2 // 3)

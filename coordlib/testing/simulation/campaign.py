@@ -10,16 +10,21 @@ first so many seeds again, in another process with another PYTHONHASHSEED, and c
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import logging
 import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pprint import pformat
+from tempfile import TemporaryDirectory
 from time import monotonic, process_time
 from typing import NamedTuple
 
@@ -41,6 +46,9 @@ MARKS_FROM_SEEDS = 300
 """A campaign of so many seeds must have seen every situation at least once."""
 UNKNOWN_SHARE_MAX = 0.01
 SHRUNK_MAX = 3
+LIMIT_SECONDS = 300.0
+"""A seed takes seconds, a hundred times less than this."""
+HANGS = "hangs"
 
 
 class Outcome(NamedTuple):
@@ -60,7 +68,7 @@ def _attempt(plan: Plan) -> str:
     return ""
 
 
-def _run_one(seed: int, is_loaded: bool) -> Outcome:
+def _run_one(seed: int, is_loaded: bool = False) -> Outcome:
     # A run makes few cycles and ends soon: looking for them takes a tenth of its time.
     gc.disable()
     began = process_time()
@@ -76,26 +84,84 @@ def _run_one(seed: int, is_loaded: bool) -> Outcome:
     return Outcome(seed, report, "", "", 0, process_time() - began)
 
 
-def run_seeds(
-    seeds: Sequence[int], *, jobs: int, is_loaded: bool = False, hash_seed: str | None = None
+def _watched(run: Callable[[int], Outcome], seed: int, reports: str, limit_seconds: float) -> Outcome:
+    """Run a seed in a process that ends when it takes too long, and leaves where it was in `reports`."""
+    path = os.path.join(reports, str(seed))
+    with open(path, "w") as report:
+        faulthandler.dump_traceback_later(limit_seconds, exit=True, file=report)
+        try:
+            return run(seed)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            os.unlink(path)
+
+
+def _hung(reports: str) -> list[Outcome]:
+    """The seeds whose processes ended because they took too long; each is said once."""
+    found = []
+    for name in sorted(os.listdir(reports), key=int):
+        path = os.path.join(reports, name)
+        with open(path) as report:
+            stack = report.read()
+        os.unlink(path)
+        if stack:
+            found.append(Outcome(int(name), None, HANGS, f"it does not end; it was here:\n{stack}", 0, 0.0))
+    return found
+
+
+def _run_all(
+    run: Callable[[int], Outcome], seeds: Sequence[int], jobs: int, limit_seconds: float
 ) -> Iterator[Outcome]:
-    """Outcomes as they come, from `jobs` processes; each began with `hash_seed` as its PYTHONHASHSEED, if given."""
+    # Whoever hangs takes the whole pool with it: the others that were under way go on in another one.
+    left = dict.fromkeys(seeds)
+    with TemporaryDirectory() as reports:
+        while left:
+            running: set[Future[Outcome]] = set()
+            try:
+                with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    waiting = iter(list(left))
+                    while True:
+                        for seed in islice(waiting, 2 * jobs - len(running)):
+                            running.add(pool.submit(_watched, run, seed, reports, limit_seconds))
+                        if not running:
+                            break
+                        done, running = wait(running, return_when=FIRST_COMPLETED)
+                        for outcome in [future.result() for future in done if future.exception() is None]:
+                            del left[outcome.seed]
+                            yield outcome
+                        for future in done:
+                            future.result()
+            except BrokenProcessPool:
+                hung = _hung(reports)
+                if not hung:
+                    raise  # it ended of something else
+                for outcome in hung:
+                    del left[outcome.seed]
+                    yield outcome
+
+
+def run_seeds(
+    seeds: Sequence[int],
+    *,
+    jobs: int,
+    is_loaded: bool = False,
+    hash_seed: str | None = None,
+    run: Callable[[int], Outcome] | None = None,
+    limit_seconds: float = LIMIT_SECONDS,
+) -> Iterator[Outcome]:
+    """
+    Outcomes as they come, from `jobs` processes; each began with `hash_seed` as its PYTHONHASHSEED, if given.
+
+    Args:
+        run: What to do with a seed, in place of simulating it; other processes must be able to import it.
+        limit_seconds: A seed that takes longer fails, with the stack at which it was. It is there for what goes on for
+            ever within one moment, and should be so long that no other seed comes near it, however slow the machine.
+    """
     before = os.environ.get("PYTHONHASHSEED")
     if hash_seed is not None:
         os.environ["PYTHONHASHSEED"] = hash_seed
     try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            remaining = iter(seeds)
-            running: set[Future[Outcome]] = set()
-            for seed in remaining:
-                running.add(pool.submit(_run_one, seed, is_loaded))
-                if len(running) >= 2 * jobs:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield future.result()
-            for future in running:
-                yield future.result()
+        yield from _run_all(run or partial(_run_one, is_loaded=is_loaded), seeds, jobs, limit_seconds)
     finally:
         if hash_seed is not None:
             if before is None:
@@ -176,7 +242,9 @@ def _campaign(options: argparse.Namespace) -> int:
     for outcome in run_seeds(seeds, jobs=options.jobs, is_loaded=options.loaded):
         total.add(outcome)
         if outcome.check:
-            _show_failure(outcome, is_loaded=options.loaded, is_shrunk=len(total.failed) <= SHRUNK_MAX)
+            # One that hangs would hang here, too, as often as it is tried.
+            is_shrunk = len(total.failed) <= SHRUNK_MAX and outcome.check != HANGS
+            _show_failure(outcome, is_loaded=options.loaded, is_shrunk=is_shrunk)
         if monotonic() - shown > 30:
             shown = monotonic()
             print(f"... {total.count} of {len(seeds)} seeds, {len(total.failed)} failed", flush=True)
@@ -225,14 +293,16 @@ def _single(options: argparse.Namespace) -> int:
     plan = (loaded_plan if options.loaded else draw_plan)(options.seed)
     reduction = Reduction(options.faults, options.calm, options.without, options.clients)
     plan = reduction.apply(plan)
-    print(pformat(asdict(plan), sort_dicts=False, width=160))
+    print(pformat(asdict(plan), sort_dicts=False, width=160), flush=True)
     history = HistoryWriter()
+    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True, file=2)
     try:
         report = simulate(options.seed, plan, history=history)
     except Violation as violation:
         print(f"\nat {violation.at_ms} ms: {violation}")
         return 1
     finally:
+        faulthandler.cancel_dump_traceback_later()
         if options.history:
             history.dump(options.history)
     print(pformat(asdict(report), sort_dicts=False, width=160))

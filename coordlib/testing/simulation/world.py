@@ -16,6 +16,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -26,14 +27,23 @@ from coordlib.node.service import RequestService
 from coordlib.raft.messages import Entry
 from coordlib.testing.disk import CrashNow, SimulatedFileSystem
 from coordlib.testing.simulation.choices import Choices, Stream
+from coordlib.testing.simulation.model import Violation
 from coordlib.testing.simulation.network import KEEPALIVE_MS, Link, SimulatedTransport, Wire
 from coordlib.testing.simulation.processes import ClientProcess, MemberProcess, Process, SimulatedProcess
 from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile, quantiles
+from coordlib.wire.schema import decode_messages
 
 if TYPE_CHECKING:
     from coordlib.testing.simulation.invariants import Invariants
 
 __all__ = ["ClockProfile", "DiskProfile", "NetworkProfile", "World"]
+
+AT_ONCE_MAX = 20_000
+"""More things than this do not happen at one moment: a process goes round in a circle."""
+NAMED_LAST = 10
+
+DECODED_MAX = 64
+"""Of so many of the latest frames it is remembered what they say."""
 
 Pair = tuple[str, str]
 """Names of two processes: from, to."""
@@ -126,21 +136,40 @@ class World:
         self.at(self.now + delay_ms, action, *arguments)
 
     def run(self, duration_ms: int, until: Callable[[], bool] | None = None) -> bool:
-        """Let time pass; with `until`, only until it holds. Returns whether it does."""
+        """
+        Let time pass; with `until`, only until it holds. Returns whether it does.
+
+        Raises:
+            Violation: One moment has no end: something always leads to something else at once.
+        """
         end = self.now + duration_ms
         heap, ready, pop = self._heap, self.ready, heapq.heappop
+        left = AT_ONCE_MAX
+        last: list[str] = []
         while True:
             if until is not None and until():
                 return True
+            left -= 1
             if heap and heap[0][0] <= self.now:
                 _, _, action, arguments = pop(heap)
+                if left < NAMED_LAST:
+                    last.append(getattr(action, "__qualname__", repr(action)))
                 action(*arguments)
             elif ready:
-                ready.popleft().take_turn()
+                process = ready.popleft()
+                if left < NAMED_LAST:
+                    last.append(f"a turn of {process.name}")
+                process.take_turn()
             elif heap and heap[0][0] <= end:
                 self.now = heap[0][0]
+                left = AT_ONCE_MAX
+                last.clear()
             else:
                 break
+            if left <= 0:
+                raise Violation(
+                    "no progress", f"{AT_ONCE_MAX} things happened at one moment, the last: {', '.join(last)}"
+                )
         self.now = max(self.now, end)
         return until is None or until()
 
@@ -153,6 +182,10 @@ class World:
         for module in ("locks", "maps", "ids"):
             self._patches.enter_context(patch(f"coordlib.api.{module}.monotonic_ms", self._read_clock))
         self._patches.enter_context(patch("coordlib.node.kernel.RequestService", self._make_service))
+        # What a leader tells its followers comes to each of them, and they answer alike: bytes that were read once are
+        # not read again. What is read cannot be changed, so nobody can tell.
+        decode = lru_cache(maxsize=DECODED_MAX)(decode_messages)
+        self._patches.enter_context(patch("coordlib.node.links.decode_messages", decode))
         return self
 
     def __exit__(self, *_: object) -> None:
