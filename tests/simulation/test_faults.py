@@ -10,8 +10,9 @@ import pytest
 from coordlib.api.maps import _MapBase
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.faults import FAULT_KINDS, LEADER_KINDS, Fault, FaultInjector, draw_faults
+from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.processes import Process
-from coordlib.testing.simulation.world import World
+from coordlib.testing.simulation.world import ClockProfile, World
 
 PATIENCE_MS = 20_000
 LATER = {"crash_within", "fsync_fails", "write_fails", "read_fails", "disk_full", "bit_rot", "old_copy"}
@@ -21,7 +22,7 @@ LATER = {"crash_within", "fsync_fails", "write_fails", "read_fails", "disk_full"
 class Cluster:
     """Members and two clients, one of which after the other puts something."""
 
-    def __init__(self, world: World, faults: tuple[Fault, ...] = ()) -> None:
+    def __init__(self, world: World, faults: tuple[Fault, ...] = (), marks: Marks | None = None) -> None:
         self.world = world
         self.ended: list[str] = []
         self.restarted: list[str] = []
@@ -31,7 +32,7 @@ class Cluster:
         for name in ("c1", "c2"):
             world.start_client(name)
         self.injector = FaultInjector(
-            world, faults, self._restarted, lambda process: self.ended.append(process.name)
+            world, faults, self._restarted, lambda process: self.ended.append(process.name), marks=marks
         )
         world.run(300)
         self._work()
@@ -189,3 +190,54 @@ def test_a_fault_that_is_left_out_leaves_the_others_as_they_were() -> None:
 
     first, second = Fault(3000, "reset", 3, 0, 0.1), Fault(4500, "kill", 9, 100, 0.1)
     assert hit((first, second)) == hit((second,))
+
+
+SEEN = {
+    "hold": "hold_burst",
+    "hold_leader": "hold_leader_burst",
+    "flapping": "flapping_mended",
+    "step_wall": "step_wall_told",
+    "drift": "drift_felt",
+    "latent_rot": "latent_rot_found",
+}
+"""Kinds of which it must be seen what they do, besides that they were applied."""
+
+
+@pytest.mark.parametrize("kind", sorted(SEEN))
+def test_what_a_fault_does_is_seen(kind: str) -> None:
+    """Each alone, on a cluster at work; without it nothing of the kind is seen."""
+    with World(3, segment_size_bytes=2048, clock=ClockProfile(rate_error_permille_max=4)) as world:
+        marks = Marks(())
+        cluster = Cluster(world, marks=marks)
+        world.run(4000)
+        assert not marks.counts
+        for attempt in range(40):
+            cluster.injector.apply(Fault(world.now, kind, attempt, 700, 0.7))
+            world.run(1200)
+            if kind == "latent_rot":
+                cluster.injector.apply(Fault(world.now, "kill", attempt, 100, 0.5))
+                world.run(1200)
+            if marks.counts[SEEN[kind]]:
+                break
+        assert marks.counts[SEEN[kind]]
+        assert cluster.heals()
+
+
+def test_a_hold_that_holds_nothing_back_is_not_seen() -> None:
+    """Applied, but to a way on which nothing goes: it shows nothing."""
+    with World(3, segment_size_bytes=2048) as world:
+        marks = Marks(())
+        cluster = Cluster(world, marks=marks)
+        assert cluster.injector.apply(Fault(world.now, "hold", 1, 0, 0.5))
+        world.run(3000)
+        assert not marks.counts["hold_burst"]
+
+
+def test_a_small_step_of_a_wall_clock_is_not_seen() -> None:
+    """What cannot be told from the time that a message takes."""
+    with World(3, segment_size_bytes=2048) as world:
+        marks = Marks(())
+        cluster = Cluster(world, marks=marks)
+        assert cluster.injector.apply(Fault(world.now, "step_wall", 1, 0, 0.2))
+        world.run(8000)
+        assert not marks.counts["step_wall_told"]

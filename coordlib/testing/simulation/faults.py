@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-from coordlib.errors import StartError, StorageCorrupt, StorageFailed
+from coordlib.errors import CoordError, StartError, StorageCorrupt, StorageFailed
 from coordlib.raft.state import Role
 from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.choices import Stream
@@ -35,6 +35,11 @@ LEADER_ATTEMPT_MS: Final = 100
 COPY_ATTEMPTS: Final = 80
 ATTEMPT_MS: Final = 25
 YEAR_MS: Final = 365 * 86_400_000
+LOOK_MS: Final = 1500
+LOOKS: Final = 4
+WALL_STEP_MS_MIN: Final = 10_000
+"""By how much a wall clock must be off at least for what is told of it to be told from what is on its way."""
+BURST_FRAMES_MIN: Final = 2
 
 
 class Fault(NamedTuple):
@@ -301,6 +306,7 @@ class FaultInjector:
             self.applied[kind] += 1
         if isinstance(process.fatal, StorageFailed):
             self._hit("storage_failed")
+        self._note_rot(name, process.fatal)
         if process.is_crashed_within:
             self.applied["crash_within"] += 1
             self._hit("crash_within_round")
@@ -350,6 +356,8 @@ class FaultInjector:
         kind = self._armed.pop(name, "")
         if kind:
             self.applied[kind] += 1
+        if world.stopped and world.stopped[-1][:2] == (world.now, name):
+            self._note_rot(name, world.stopped[-1][2])
         self._mend_rot(name)
         self._later(self._chance.randint(50, RESTART_MS_MAX), self._restart, name)
 
@@ -357,6 +365,10 @@ class FaultInjector:
         # A full disk stays full whoever had it in between.
         is_full = self.world.disks[name].capacity is not None
         self.world.expect(name, *((StorageFailed, StartError) if is_full else ()))
+
+    def _note_rot(self, name: str, error: CoordError | None) -> None:
+        if isinstance(error, StorageCorrupt) and self._rotten.get(name) == "latent_rot":
+            self._hit("latent_rot_found")
 
     def _mend_rot(self, name: str) -> None:
         if self._rotten.pop(name, None) is not None:
@@ -542,14 +554,33 @@ class FaultInjector:
         while at < fault.duration_ms:
             length = chance.randint(30, 900)
             self._later(at, self.world.cut_all, pairs)
-            self._later(at + length, self.world.mend_all, pairs)
+            self._later(at + length, self._let_through, self.world.mend_all, pairs, "flapping_mended", 1)
             at += length + chance.randint(30, 900)
         return True
 
     def _hold_pairs(self, fault: Fault, pairs: list[Pair]) -> bool:
-        self.world.hold_all(pairs)
-        self._later(fault.duration_ms, self.world.release_all, pairs)
+        world = self.world
+        world.hold_all(pairs)
+        mark = f"{fault.kind}_burst"
+        self._later(fault.duration_ms, self._let_through, world.release_all, pairs, mark, BURST_FRAMES_MIN)
         return True
+
+    def _let_through(
+        self, take_back: Callable[[Sequence[Pair]], None], pairs: Sequence[Pair], mark: str, frames_min: int
+    ) -> None:
+        """End a cut or a hold; what was seen of it is that so many frames had waited for this and arrive now."""
+        before = self._frames_held(pairs)
+        take_back(pairs)
+        if before - self._frames_held(pairs) >= frames_min:
+            self._hit(mark)
+
+    def _frames_held(self, pairs: Sequence[Pair]) -> int:
+        return sum(
+            len(wire.held[direction])
+            for wire in self.world.held
+            for direction in (0, 1)
+            if wire.pairs[direction] in pairs
+        )
 
     def _hold(self, fault: Fault, chance: Stream, target: MemberProcess | None = None) -> bool:
         if target is None:
@@ -708,9 +739,26 @@ class FaultInjector:
 
     def _step_wall(self, fault: Fault, chance: Stream) -> bool:
         process = self._some_process(chance)
-        if process is not None:
-            process.wall_offset += chance.choice((-1, 1)) * round(YEAR_MS**fault.strength)
-        return process is not None
+        if process is None:
+            return False
+        step_ms = round(YEAR_MS**fault.strength)
+        process.wall_offset += chance.choice((-1, 1)) * step_ms
+        if step_ms >= WALL_STEP_MS_MIN:
+            self._later(LOOK_MS, self._look_at_wall, process, LOOKS)
+        return True
+
+    def _look_at_wall(self, process: Process, looks: int) -> None:
+        """What is seen of a wall clock that jumped is that a leader counts with what it shows now."""
+        leader = self.world.leader
+        service = leader.kernel.service if leader is not None else None
+        if leader is not None and service is not None and service.log_clock is not None and process.is_up:
+            told = service.log_clock._offsets.get(process.name)
+            shown = process.wall_clock() - leader.clock()
+            if told is not None and abs(told - shown) < WALL_STEP_MS_MIN // 2:
+                self._hit("step_wall_told")
+                return
+        if looks:
+            self._later(LOOK_MS, self._look_at_wall, process, looks - 1)
 
     def _drift_wall(self, fault: Fault, chance: Stream) -> bool:
         process = self._some_process(chance)
@@ -725,7 +773,16 @@ class FaultInjector:
         if process is None or not error:
             return False
         process.set_rate(1000 + chance.choice((-error, error, chance.randint(-error, error))))
+        self._later(LOOK_MS, self._look_at_drift, process, self.world.now, process.clock(), LOOKS)
         return True
+
+    def _look_at_drift(self, process: Process, since_ms: int, shown_ms: int, looks: int) -> None:
+        """What is seen of a clock that drifts is that its process was told of less or more time than has passed."""
+        passed, told = process.turned_at_ms - since_ms, process.told_ms - shown_ms
+        if passed > 0 and abs(told - passed) > 1:  # 1: both are whole milliseconds
+            self._hit("drift_felt")
+        elif looks and process.is_up:
+            self._later(LOOK_MS, self._look_at_drift, process, since_ms, shown_ms, looks - 1)
 
     # -- disks ---------------------------------------------------------------------------------------------
 

@@ -284,6 +284,7 @@ class SimulatedProcess(Driver):
         self._busy_until = 0
         self._stopped_at = 0  # since when it has been paused
         self._late_ms = 0  # how long it was kept from running
+        self.turned_at_ms = self.told_ms = 0  # when its last turn came, in the world's time and by its clock
         self.operations: dict[Operation, None] = {}
         # What handles of the API take from their cluster.
         self._request_timeout_ms = world.timing.request_timeout_ms
@@ -398,10 +399,12 @@ class SimulatedProcess(Driver):
             return
         kernel, links, world = self._kernel, self._links, self.world
         now = self.clock()
+        self.turned_at_ms, self.told_ms = world.now, now
         events = self.transport.poll(0)
         if self.slow_ms_max:
             self.lag_ms = world.choices.stream("slow").randint(1, self.slow_ms_max)
         late_ms, self._late_ms = self._late_ms, 0
+        observer = self.observer
         try:
             self._turn(kernel, links, events, now, late_ms)
             if self._is_closing and kernel.has_left(now):
@@ -417,10 +420,13 @@ class SimulatedProcess(Driver):
         except CoordError as error:
             self._failed(error)
             return
-        self._observe_turn()
-        self._busy_until = world.now + self.lag_ms
+        if observer is not None:
+            observer.turned(self, world.now)
+        busy_until = self._busy_until = world.now + self.lag_ms
         self.lag_ms = 0
-        self._set_due(max(self._world_time(min(kernel.deadline, links.deadline)), self._busy_until))
+        due, check = kernel.deadline, links.deadline
+        due = -(-((check if check < due else due) - self.offset) * 1000 // self.rate)  # as `_world_time`
+        self._set_due(due if due > busy_until else busy_until)
 
     def _failed(self, error: CoordError) -> None:
         self.fatal = error
