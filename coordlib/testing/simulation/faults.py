@@ -892,7 +892,13 @@ class FaultInjector:
         self._back_ms[member.name] = fault.duration_ms
         self.world.expect(member.name, StorageCorrupt)
         self._damage(fault, chance, disk, paths)
+        if fault.strength < 0.5:  # before what has changed is replaced or removed, as most of it is soon
+            self._later(fault.duration_ms, self._kill_rotten, member)
         return True
+
+    def _kill_rotten(self, member: MemberProcess) -> None:
+        if member.is_up and member.name in self._rotten:
+            member.kill()
 
     def _wipe(self, fault: Fault, chance: Stream) -> bool:
         world, member = self.world, self._some_member(chance)
