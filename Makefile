@@ -4,6 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
+# Every process of a test or benchmark imports the package anew: it is compiled once, wherever this may be set.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint bench simulate mutants kill9 bank duplicates nemesis powercuts clean
 
 # DB=postgres or DB=mariadb: the services of its orders have databases, which it starts from installed binaries.
@@ -11,8 +14,9 @@ DB ?=
 demo: $(STAMP)
 	@$(PY) -m coordlib.cli demo $(if $(DB),--db $(DB))
 
+# Spread over the processors; `.venv/bin/pytest` alone runs the same tests one after another.
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --dist worksteal
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -120,7 +120,9 @@ def test_revisions_rise_with_every_change(cluster: coordlib.Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [object(), float("nan"), float("inf"), 2**63, {1: 2}, (1, 2), {1}], ids=repr
+    "value",
+    [object(), float("nan"), float("inf"), 2**63, {1: 2}, (1, 2), {1}],
+    ids=lambda value: type(value).__name__,
 )
 def test_values_that_mean_nothing_elsewhere_are_refused(cluster: coordlib.Cluster, value: Any) -> None:
     """Before anything is sent."""
