@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 from collections.abc import Generator, Iterable
 from time import monotonic
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, cast
 
 __all__ = ["READABLE", "WRITABLE", "Polled", "Wait", "poll", "poll_all"]
 
@@ -49,11 +49,15 @@ def poll(polled: Polled[T]) -> T:
     Raises:
         BaseException: What it raises.
     """
-    ((value, error),) = poll_all((polled,))
+    run = _Run([polled])
+    try:
+        run.waits[0] = next(polled)
+    except StopIteration as stop:  # it had nothing to wait for
+        return cast(T, stop.value)
+    ((value, error),) = run.to_the_end()
     if error is not None:
         raise error
-    result: T = value
-    return result
+    return cast(T, value)
 
 
 def poll_all(several: Iterable[Polled[Any]]) -> list[tuple[Any, Exception | None]]:
@@ -66,19 +70,7 @@ def poll_all(several: Iterable[Polled[Any]]) -> list[tuple[Any, Exception | None
     run = _Run(list(several))
     for place in range(len(run.several)):
         run.go_on(place)
-    while run.waits:
-        try:
-            ready = _ready(run.waits, run.until)
-        except BaseException as error:
-            run.interrupt(error)
-            continue
-        if not ready and run.interrupted is not None:
-            run.interrupt(run.interrupted)  # they have had their time
-        for place in ready:
-            run.go_on(place)
-    if run.interrupted is not None:
-        raise run.interrupted
-    return list(run.ended)
+    return run.to_the_end()
 
 
 class _Run:
@@ -88,6 +80,21 @@ class _Run:
         self.ended: list[_Ended] = [_Ended(None, None)] * len(several)
         self.interrupted: BaseException | None = None
         self.until: float | None = None
+
+    def to_the_end(self) -> list[tuple[Any, Exception | None]]:
+        while self.waits:
+            try:
+                ready = _ready(self.waits, self.until)
+            except BaseException as error:
+                self.interrupt(error)
+                continue
+            if not ready and self.interrupted is not None:
+                self.interrupt(self.interrupted)  # they have had their time
+            for place in ready:
+                self.go_on(place)
+        if self.interrupted is not None:
+            raise self.interrupted
+        return list(self.ended)
 
     def go_on(self, place: int, error: BaseException | None = None) -> None:
         polled = self.several[place]

@@ -29,7 +29,7 @@ from coordlib.txn.branches import (
     Vote,
 )
 from coordlib.txn.gtid import BranchName, cluster_tag
-from coordlib.txn.resources import postgresql
+from coordlib.txn.resources import statements
 from coordlib.txn.resources.common import ResourceBusy, polled
 from coordlib.txn.resources.postgresql import AsyncPostgreSQLBranch, PostgreSQL, PostgreSQLBranch
 from tests.txn.conftest import Names
@@ -268,6 +268,43 @@ def test_the_drivers_own_commit_is_refused(
             end()
     branch.commit_one_phase()
     assert _rows(look) == ["a"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_branch_begins_with_its_limits_in_one_message(
+    orders: PostgreSQL,
+    names: Names,
+    look: psycopg.Connection[Any],
+    is_known: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a driver of unknown parts in two; what it refuses, and what the application may choose, are the same."""
+    _begin(orders, names).rollback()  # what stays the same of a connection has been asked for
+    messages: list[str] = []
+    exchange = statements.exchange_gen
+
+    def noted(connection: psycopg.Connection[Any], sql: str) -> Any:
+        messages.append(sql)
+        return exchange(connection, sql)
+
+    monkeypatch.setattr(statements, "_HAS_PARTS", is_known)
+    monkeypatch.setattr(statements, "exchange_gen", noted)
+    branch = _begin(orders, names)
+    connection = branch.connection
+    (first,) = messages
+    assert first.startswith("BEGIN; SET LOCAL" if is_known else "SET LOCAL")
+    with pytest.raises(psycopg.ProgrammingError, match="two-phase"):
+        connection.commit()
+    connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+    assert connection.execute("SHOW transaction_isolation").fetchone() == ("serializable",)
+    assert connection.execute("SHOW statement_timeout").fetchone() != ("0",)
+    connection.execute("INSERT INTO account VALUES ('a', 1)")
+    assert branch.prepare() is Vote.YES
+    branch.commit()
+    assert _rows(look) == ["a"]
+    again = _begin(orders, names)
+    assert again.connection is connection  # free again
+    again.rollback()
 
 
 def test_temporary_tables_are_a_no(orders: PostgreSQL, names: Names, look: psycopg.Connection[Any]) -> None:
@@ -578,7 +615,7 @@ class _Cut:
         obeyed: bool,
     ) -> None:
         connection, pid = branch.connection, _backend(branch)
-        exchange, tpc_commit = postgresql._exchange, connection.tpc_commit
+        exchange, tpc_commit = statements.exchange_gen, connection.tpc_commit
 
         def cut() -> None:
             look.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,))
@@ -603,7 +640,7 @@ class _Cut:
         if at == "COMMIT":
             monkeypatch.setattr(connection, "tpc_commit", committed)
         else:
-            monkeypatch.setattr(postgresql, "_exchange", exchanged)
+            monkeypatch.setattr(statements, "exchange_gen", exchanged)
 
 
 @pytest.mark.parametrize("obeyed", [True, False])
@@ -694,7 +731,7 @@ def test_ctrl_c_leaves_a_connection_in_a_known_state(
     branch = _begin(orders, names)
     monkeypatch.setattr(polling, "_ready", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        polling.poll(polled(postgresql._exchange(branch.connection, "SELECT pg_sleep(600)")))
+        polling.poll(polled(statements.exchange_gen(branch.connection, "SELECT pg_sleep(600)")))
     status = branch.connection.info.transaction_status
     assert status is (TransactionStatus.INERROR if times == 1 else TransactionStatus.UNKNOWN)
     assert branch.connection.closed == (times == 2)

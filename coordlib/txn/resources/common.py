@@ -51,21 +51,21 @@ def run(flow: Flow[T]) -> T:
 
 def polled(flow: Flow[T]) -> Polled[T]:
     """Run it with a blocking driver that is polled, where it can be: of what it yields, the waits are left to the caller."""
-    step: Callable[[], Any] = lambda: flow.send(None)  # noqa: E731
+    value: Any = None
+    error: BaseException | None = None
     while True:
         try:
-            value = step()
+            value = flow.send(value) if error is None else flow.throw(error)
         except StopIteration as stop:
             result: T = stop.value
             return result
+        error = None
         if type(value) is Wait:
             try:
                 yield value
             except BaseException as exc:  # an interrupt, too, is for the flow to hear of
-                step = lambda exc=exc: flow.throw(exc)  # type: ignore[misc]  # noqa: E731
-                continue
+                error = exc
             value = None
-        step = lambda value=value: flow.send(value)  # type: ignore[misc]  # noqa: E731
 
 
 async def arun(flow: Flow[T]) -> T:

@@ -21,12 +21,11 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from coordlib.errors import ConfigError, FlavourError, UsageError, invariant
-from coordlib.node.polling import READABLE, WRITABLE, Polled, Wait, poll
+from coordlib.node.polling import Polled, poll
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, BranchUnknown, Finish, PreparedBranch, Vote
 from coordlib.txn.gtid import FORMAT_ID, BranchName, parse_postgresql_gid, postgresql_gid, text_of
 from coordlib.txn.resources.common import (
@@ -44,11 +43,10 @@ try:
 except ImportError as exc:  # pragma: no cover - the test environment has it
     raise missing_driver(__name__, "psycopg 3", "postgresql") from exc
 from psycopg import errors as pg
-from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
-from psycopg.pq.abc import PGresult
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
-from coordlib.txn.resources import cursors
+from coordlib.txn.resources import cursors, statements
 
 __all__ = ["AsyncPostgreSQLBranch", "PostgreSQL", "PostgreSQLBranch"]
 
@@ -61,7 +59,6 @@ _HAS_TRANSACTION_TIMEOUT: Final = 170000
 _MARK: Final = "coordlib.branch"
 _ASK_S: Final = 5.0  # how long a one-phase commit whose connection broke is asked about, at least
 _ASK_PAUSE_S: Final = 0.05
-_CANCEL_S: Final = 5.0
 _EVIDENCE: Final = struct.Struct(">QII")  # transaction number, system, timeline
 
 # What pg_walfile_name() begins with is the timeline that is written to now; that of pg_control_checkpoint() lags behind
@@ -82,18 +79,18 @@ class _About(NamedTuple):
     """What stays the same of a connection."""
 
     statement_timeout_ms: int  # 0: none
-    system: str
+    system: int  # as in evidence
+    has_transaction_timeout: bool
+
+
+def _system_tag(identifier: str) -> int:
+    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:4], "big")
 
 
 class _Evidence(NamedTuple):
     xid: int
     system: int
     timeline: int
-
-    @classmethod
-    def of(cls, xid: str, system: str, timeline: str) -> _Evidence:
-        digest = hashlib.sha256(system.encode()).digest()
-        return cls(int(xid), int.from_bytes(digest[:4], "big"), int(timeline, 16))
 
     @classmethod
     def read(cls, bqual: bytes) -> _Evidence | None:
@@ -167,11 +164,11 @@ class PostgreSQL(ResourceBase):
                 raise ConfigError(
                     f"{self.name!r} is PostgreSQL {connection.info.server_version // 10000}: 13 or later is needed"
                 )
-            if run(_query(connection, "SELECT pg_is_in_recovery()"))[0]:
+            if run(statements.query_gen(connection, "SELECT pg_is_in_recovery()"))[0]:
                 raise ConfigError(
                     f"{self.name!r} is a standby: connect to the primary (target_session_attrs=read-write)"
                 )
-            prepared_max, fsync = run(_query(connection, _STATE_OF_SERVER))
+            prepared_max, fsync = run(statements.query_gen(connection, _STATE_OF_SERVER))
             if prepared_max == 0:
                 raise ConfigError(
                     f"{self.name!r} has max_prepared_transactions = 0, its default, and prepares nothing: set it to "
@@ -220,7 +217,7 @@ class PostgreSQL(ResourceBase):
             try:
                 run(branch._begin_gen())
                 return branch
-            except psycopg.OperationalError:
+            except psycopg.Error:
                 idle.close()  # it had been closed by the server while it was idle; nothing has happened on it
         branch = PostgreSQLBranch(self, self._connect(), gtid, bqual, remaining_s, is_ours=True)
         try:
@@ -267,6 +264,7 @@ class PostgreSQL(ResourceBase):
         """
         if not isinstance(connection, psycopg.Connection):
             raise FlavourError(f"enlist() takes a psycopg.Connection, got {type(connection).__name__}")
+        self.check_bqual(bqual)
         branch = PostgreSQLBranch(self, connection, gtid, bqual, remaining_s, is_ours=False)
         run(branch._begin_gen())
         return branch
@@ -281,6 +279,7 @@ class PostgreSQL(ResourceBase):
         """As `enlist`."""
         if not isinstance(connection, psycopg.AsyncConnection):
             raise FlavourError(f"aenlist() takes a psycopg.AsyncConnection, got {type(connection).__name__}")
+        self.check_bqual(bqual)
         branch = AsyncPostgreSQLBranch(self, connection, gtid, bqual, remaining_s, is_ours=False)
         await arun(branch._begin_gen())
         return branch
@@ -296,6 +295,7 @@ class PostgreSQL(ResourceBase):
         As `enlist`, for a library that begins and ends transactions in its own way: the driver's methods stay open to
         it. It must not let the application end this one.
         """
+        self.check_bqual(bqual)
         branch = PostgreSQLBranch(self, connection, gtid, bqual, remaining_s, is_ours=False, is_driven=True)
         run(branch._begin_gen())
         return branch
@@ -375,7 +375,7 @@ class PostgreSQL(ResourceBase):
 
     def _give(self, connection: psycopg.Connection[Any]) -> None:
         if _settle(connection):
-            if connection.info.transaction_status is TransactionStatus.INTRANS:
+            if connection.pgconn.transaction_status == TransactionStatus.INTRANS:
                 connection.rollback()
             self._idle.give(connection)
         else:
@@ -386,6 +386,16 @@ class PostgreSQL(ResourceBase):
             self._async_idle.give(connection, loop)
         else:
             _drop(connection)
+
+
+_PROBLEMS: Final[dict[int, str]] = {
+    TransactionStatus.INERROR: "a statement failed in it, though its error went no further; to go on after an "
+    "error, have the statement in a savepoint (`with connection.transaction():`)",
+    TransactionStatus.IDLE: "the application ended the transaction itself; that is for the transaction to do",
+    TransactionStatus.ACTIVE: "a statement is still running on its connection",
+    TransactionStatus.UNKNOWN: "its connection is lost",
+}
+"""Why a branch in this state cannot promise."""
 
 
 class _Branch:
@@ -407,7 +417,7 @@ class _Branch:
         self._resource = resource
         self._connection = connection
         self._gtid = gtid
-        self._bqual = resource.check_bqual(bqual)
+        self._bqual = bqual
         self._made_gid: str | None = None  # of the bqual as it is
         self._remaining_s = remaining_s
         self._is_ours = is_ours
@@ -416,7 +426,7 @@ class _Branch:
         self._mark = f"{text_of(gtid)}/{bqual.hex()}"
         self._state = "active"  # preparing, prepared, ended
         self._evidence: _Evidence | None = None
-        self._system = ""
+        self._system = 0
 
     def __repr__(self) -> str:
         return f"<branch of {text_of(self._gtid)} in {self._resource.name!r}, {self._state}>"
@@ -462,33 +472,36 @@ class _Branch:
             raise UsageError(
                 f"a connection to {self._resource.name!r} is in autocommit mode: set autocommit = False before enlisting"
             )
-        status = connection.info.transaction_status
-        if status is not TransactionStatus.IDLE and not connection.closed:
+        status = connection.pgconn.transaction_status
+        if status != TransactionStatus.IDLE and not connection.closed:
             raise UsageError(
-                f"a connection to {self._resource.name!r} is {status.name}, in a transaction of its own already: "
-                "commit or roll back before enlisting"
+                f"a connection to {self._resource.name!r} is {TransactionStatus(status).name}, in a transaction of its own "
+                "already: commit or roll back before enlisting"
             )
         about = self._resource._about.get(connection)
         if about is None:
-            about = _About(*(yield from _query(connection, _STATE_OF_CONNECTION)))
+            statement_timeout_ms, system = yield from statements.query_gen(connection, _STATE_OF_CONNECTION)
             yield connection.rollback()
+            has_transaction_timeout = connection.info.server_version >= _HAS_TRANSACTION_TIMEOUT
+            about = _About(statement_timeout_ms, _system_tag(system), has_transaction_timeout)
             self._resource._about[connection] = about
         self._system = about.system
-        if not self._is_driven:
-            yield connection.tpc_begin(connection.xid(FORMAT_ID, text_of(self._gtid), ""))
         budget = self._budget_ms()
-        settings: dict[str, str | int] = {
-            _MARK: self._mark,
-            # Waiting for locks is part of it.
-            "statement_timeout": min(about.statement_timeout_ms or budget, budget),
-            "idle_in_transaction_session_timeout": budget,
-        }
-        if connection.info.server_version >= _HAS_TRANSACTION_TIMEOUT:
-            settings["transaction_timeout"] = budget
-        # Not SELECT set_config(): after a query the application could no longer choose the isolation level.
-        yield from _execute(
-            connection, "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in settings.items())
+        # Not SELECT set_config(): after a query the application could no longer choose the isolation level. Waiting for
+        # locks is part of a statement's time.
+        settings = (
+            f"SET LOCAL {_MARK} = '{self._mark}'; "
+            f"SET LOCAL statement_timeout = {min(about.statement_timeout_ms or budget, budget)}; "
+            f"SET LOCAL idle_in_transaction_session_timeout = {budget}"
         )
+        if about.has_transaction_timeout:
+            settings += f"; SET LOCAL transaction_timeout = {budget}"
+        if self._is_driven:
+            yield from statements.execute_gen(connection, settings)
+        else:
+            yield from statements.begin_gen(
+                connection, connection.xid(FORMAT_ID, text_of(self._gtid), ""), settings
+            )
         cursors.expect_reads(connection)
 
     def _check_gen(self) -> Flow[_Evidence | None]:
@@ -500,24 +513,19 @@ class _Branch:
         """
         connection, name = self._connection, self._resource.name
         invariant(self._state == "active", "a branch that is %s was asked for a vote", self._state)
-        status = connection.info.transaction_status
-        problem = {
-            TransactionStatus.INERROR: "a statement failed in it, though its error went no further; to go on after an "
-            "error, have the statement in a savepoint (`with connection.transaction():`)",
-            TransactionStatus.IDLE: "the application ended the transaction itself; that is for the transaction to do",
-            TransactionStatus.ACTIVE: "a statement is still running on its connection",
-            TransactionStatus.UNKNOWN: "its connection is lost",
-        }.get(status)
+        problem = _PROBLEMS.get(connection.pgconn.transaction_status)
         if problem is None:
             try:
-                row = (yield from _execute(connection, _STATE_OF_BRANCH % self._budget_ms())).row
+                row = (
+                    yield from statements.execute_gen(connection, _STATE_OF_BRANCH % self._budget_ms())
+                ).row
             except psycopg.Error as exc:
                 yield from self._undo_gen()
                 raise BranchFailed(f"the branch in {name!r} failed: {_text(exc)}") from exc
             mark, xid, timeline, _ = row
             if mark == self._mark:
                 assert timeline is not None
-                return None if xid is None else _Evidence.of(xid, self._system, timeline)
+                return None if xid is None else _Evidence(int(xid), self._system, int(timeline, 16))
             problem = "the application ended the transaction itself and began another one on its connection"
         yield from self._undo_gen()
         raise BranchFailed(f"the branch in {name!r} is rolled back: {problem}")
@@ -532,7 +540,7 @@ class _Branch:
         self._take_down(evidence)
         self._state = "preparing"
         try:
-            answer = yield from _execute(connection, f"PREPARE TRANSACTION '{self._gid}'")
+            answer = yield from statements.execute_gen(connection, f"PREPARE TRANSACTION '{self._gid}'")
         except psycopg.Error as exc:
             if connection.closed:
                 raise  # it may be prepared
@@ -543,8 +551,7 @@ class _Branch:
             raise BranchFailed(f"{self._resource.name!r} answered {answer.tag!r} instead of preparing")
         self._state = "prepared"
         if not self._is_driven:
-            # The driver's notion of the transaction ends here: the connection is idle, so this sends nothing.
-            yield connection.tpc_rollback()
+            yield from statements.prepared_gen(connection)
         return Vote.YES
 
     def _commit_one_phase_gen(self) -> Flow[None]:
@@ -749,101 +756,20 @@ class AsyncPostgreSQLBranch(_Branch):
         self._resource._agive(self._connection, asyncio.get_running_loop())
 
 
-class _Answer(NamedTuple):
-    """To the last one of some statements: its tag, and its first row as text."""
-
-    tag: str
-    row: tuple[str | None, ...]
-
-
 def run(flow: Flow[_T]) -> _T:
     return poll(polled(flow))
-
-
-def _execute(connection: Any, sql: str) -> Flow[_Answer]:
-    """Statements of ours, in the transaction that the connection is in, or in a new one."""
-    if (
-        isinstance(connection, psycopg.Connection)
-        and connection.info.transaction_status is TransactionStatus.INTRANS
-        and connection.info.pipeline_status is PipelineStatus.OFF
-    ):
-        return (yield from _exchange(connection, sql))
-    cursor = connection.cursor(row_factory=tuple_row)
-    yield cursor.execute(sql, prepare=False)
-    row = (yield cursor.fetchone()) if cursor.description is not None else ()
-    return _Answer(cursor.statusmessage, row or ())
-
-
-def _exchange(connection: psycopg.Connection[Any], sql: str) -> Flow[_Answer]:
-    """
-    Send statements past the driver, which begins no transaction then, and wait for the answer without blocking.
-
-    Interrupted, it has the server cancel them, and waits for the end of that; if it is interrupted again, it closes
-    the connection.
-
-    Raises:
-        psycopg.Error: As from the driver.
-    """
-    pgconn = connection.pgconn
-    interrupt: BaseException | None = None
-    results: list[PGresult] = []
-    with connection.lock:
-        pgconn.send_query(sql.encode())
-        try:
-            while pgconn.flush():
-                yield Wait(pgconn.socket, READABLE | WRITABLE)
-                pgconn.consume_input()
-            while True:
-                while pgconn.is_busy():
-                    try:
-                        yield Wait(pgconn.socket, READABLE)
-                    except GeneratorExit:
-                        raise
-                    except BaseException as error:
-                        if interrupt is not None:
-                            raise
-                        interrupt = error
-                        with suppress(psycopg.Error):
-                            connection.cancel_safe(timeout=_CANCEL_S)
-                        continue
-                    pgconn.consume_input()
-                result = pgconn.get_result()
-                if result is None:
-                    break
-                results.append(result)
-        except psycopg.Error:
-            raise  # libpq knows that the connection is lost
-        except BaseException:
-            pgconn.finish()  # nobody would read the answer
-            raise
-    if interrupt is not None:
-        raise interrupt
-    for result in results:
-        if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
-            raise pg.error_from_result(result, encoding=connection.info.encoding)
-    last = results[-1]
-    tag = (last.command_status or b"").decode()
-    if not last.ntuples:
-        return _Answer(tag, ())
-    values = [last.get_value(0, column) for column in range(last.nfields)]
-    return _Answer(tag, tuple([None if value is None else value.decode() for value in values]))
-
-
-def _query(connection: Any, sql: str, parameters: Any = None) -> Flow[Any]:
-    """One row, as a tuple whatever the application has set its connection to."""
-    cursor = connection.cursor(row_factory=tuple_row)
-    yield cursor.execute(sql, parameters)
-    return (yield cursor.fetchone())
 
 
 def _finish_gen(connection: Any, gid: str, bqual: bytes, commit: bool) -> Flow[Finish]:
     try:
         if isinstance(connection, psycopg.AsyncConnection):
             yield connection.tpc_commit(gid) if commit else connection.tpc_rollback(gid)
-        elif connection.info.transaction_status is TransactionStatus.INTRANS:
+        elif connection.pgconn.transaction_status == TransactionStatus.INTRANS:
             raise psycopg.ProgrammingError(f"{gid} cannot be ended within another transaction")
         else:
-            yield from _exchange(connection, f"{'COMMIT' if commit else 'ROLLBACK'} PREPARED '{gid}'")
+            yield from statements.exchange_gen(
+                connection, f"{'COMMIT' if commit else 'ROLLBACK'} PREPARED '{gid}'"
+            )
     except pg.UndefinedObject:
         evidence = _Evidence.read(bqual)
         if evidence is None:
@@ -862,15 +788,17 @@ def _how_it_ended_gen(connection: Any, evidence: _Evidence, commit: bool) -> Flo
         ResourceBusy: The server is still at it.
     """
     try:
-        status, system, timeline = yield from _query(
+        status, system, timeline = yield from statements.query_gen(
             connection, f"SELECT pg_xact_status(%s::xid8), {_SYSTEM}, {_TIMELINE}", [str(evidence.xid)]
         )
     except pg.InvalidParameterValue:
         # "Transaction ID is in the future": this database was put back to before it was written.
         yield connection.rollback()
-        status, system, timeline = yield from _query(connection, f"SELECT 'lost', {_SYSTEM}, {_TIMELINE}")
+        status, system, timeline = yield from statements.query_gen(
+            connection, f"SELECT 'lost', {_SYSTEM}, {_TIMELINE}"
+        )
     yield connection.rollback()
-    now = _Evidence.of("0", system, timeline)
+    now = _Evidence(0, _system_tag(system), int(timeline, 16))
     if now.system != evidence.system:
         return Finish.HAZARD
     if status == "in progress":
@@ -888,13 +816,13 @@ def _how_it_ended_gen(connection: Any, evidence: _Evidence, commit: bool) -> Flo
 
 def _settle(connection: Any) -> bool:
     """Whether a connection may be used again; what an application may have set is as it was."""
-    if connection.closed or connection.info.transaction_status not in (
-        TransactionStatus.IDLE,
-        TransactionStatus.INTRANS,
-    ):
+    if connection.closed or connection.pgconn.transaction_status not in _USABLE:
         return False
     connection.row_factory = tuple_row
     return True
+
+
+_USABLE: Final = (TransactionStatus.IDLE, TransactionStatus.INTRANS)
 
 
 def _drop(connection: psycopg.AsyncConnection[Any]) -> None:
