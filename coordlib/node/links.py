@@ -102,7 +102,8 @@ class Links:
         self._control: dict[str, _Connection] = {}  # peer -> its established control connection
         self._bulk: dict[str, _Connection] = {}
         self._attached: set[bytes] = set()
-        self._last_messages: Sequence[tuple[int, Any]] = ()
+        self._last_messages: Sequence[tuple[int, Any]] | None = None
+        self._last_kinds: list[type] = []
         self._last_plaintext = b""
         # Member -> its newest run, and the latest of that run's greetings that led to a session.
         self._incarnations: dict[str, tuple[int, int]] = {}
@@ -372,6 +373,10 @@ class Links:
             return False
         try:
             # What a leader sends to its followers in one round is mostly the same: encode it once.
+            kinds = [type(message) for _, message in messages]
+            if kinds != self._last_kinds:
+                # Messages are tuples: those of two kinds are equal if their fields are.
+                self._last_messages, self._last_kinds = None, kinds
             if messages == self._last_messages:
                 plaintext = self._last_plaintext
             else:

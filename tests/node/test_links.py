@@ -9,6 +9,7 @@ import pytest
 
 from coordlib.node.kernel import MemberKernel
 from coordlib.node.links import Links
+from coordlib.raft.messages import TimeoutNow
 from coordlib.transport.base import (
     ConnectionDown,
     ConnectionUp,
@@ -19,7 +20,7 @@ from coordlib.transport.base import (
 )
 from coordlib.wire.channel import ChannelIdentity, Established, HelloAccepted, Initiator, Opened, Responder
 from coordlib.wire.keys import ClusterKeys
-from coordlib.wire.messages import Requests, StatusQuery, StatusReply
+from coordlib.wire.messages import Requests, Serving, StatusQuery, StatusReply
 from coordlib.wire.schema import BATCH_BYTES_MAX, decode_messages, encode_messages
 
 KEYS = ClusterKeys.from_secrets(("a secret that is long enough for these tests",), "shop")
@@ -356,3 +357,17 @@ def test_messages_too_large_together_leave_in_several_frames(bench: Bench) -> No
         received += decode_messages(answer.plaintext)
     assert received == MANY
     assert len(bench.wires.sent) == len(bench.wires.replied) > 1
+
+
+def test_a_message_with_the_fields_of_the_last_one_is_not_taken_for_it(bench: Bench) -> None:
+    """What was encoded last is kept for the next follower; another kind of message may have the same fields."""
+    responder = connected(bench)
+    sent = [Serving(7), TimeoutNow(7), Serving(7)]
+    received: list[Any] = []
+    for message in sent:
+        assert bench.links.send("n2", [(0, message)])
+    for _, frame in bench.wires.sent:
+        opened = responder.receive(b"us", frame)
+        assert isinstance(opened, Opened)
+        received += decode_messages(opened.plaintext)
+    assert [type(message) for _, message in received] == [Serving, TimeoutNow, Serving]
