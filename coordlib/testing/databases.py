@@ -73,8 +73,6 @@ class DatabaseServer:
 
     users: tuple[str, ...] = ()
     """As whom a server runs that root starts: the first of these that there is, else `nobody`."""
-    stop_signal: signal.Signals = signal.SIGTERM
-    """Asks the server to end without waiting for its clients."""
 
     def __init__(self) -> None:
         self._user = _unprivileged(self.users)
@@ -186,15 +184,9 @@ class DatabaseServer:
         self.start()
 
     def close(self) -> None:
-        """Stop, and leave nothing behind: no process, no file, no shared memory. Safe to call twice."""
-        process = self._process
-        if process is not None:
-            process.send_signal(self.stop_signal)
-            try:
-                process.wait(_STOP_S)
-                self._process = None
-            except subprocess.TimeoutExpired:
-                self.kill()
+        """End it, and leave nothing behind: no process, no file, no shared memory. Safe to call twice."""
+        # Not in good order: that would write down, for seconds, what is thrown away next.
+        self.kill()
         self._clean_up()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -247,7 +239,6 @@ class PostgreSQLServer(DatabaseServer):
     """
 
     users = ("postgres",)
-    stop_signal = signal.SIGINT  # "fast": does not wait for clients
 
     def __init__(self, **settings: str | int) -> None:
         _need_driver("psycopg", extra="postgresql")

@@ -29,7 +29,7 @@ def placing(solo: Members, kind: str = "", sabotage: str = "") -> Iterator[tuple
         "COORDLIB_CLUSTER": "shop",
         "COORDLIB_ENDPOINTS": solo.endpoints["solo"],
         "COORDLIB_SECRET": solo.secret,
-        "COORDLIB_SESSION_TTL": "3",
+        "COORDLIB_SESSION_TTL": "2",
         "ORDERS_SABOTAGE": sabotage,
     }
 
