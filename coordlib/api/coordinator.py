@@ -82,6 +82,7 @@ class Coordinator:
         self._minter = GtidMinter()
         self._log_time_ms = 0  # as it was at
         self._log_time_at = 0
+        self._horizon_ms = 0  # then, too: what is minted before it is not decided any more
         self._live: dict[bytes, int] = {}  # how many are at work on it: its own code, the agent
         self.resources: dict[str, Resource] = {}
         self.participants: Participants | None = None  # of the services that this handle hosts
@@ -105,7 +106,7 @@ class Coordinator:
 
     def name_gen(self) -> OpGen[tuple[bytes, int]]:
         """
-        A new gtid, and the estimate of log time that is in it. Asks the cluster the first time only.
+        A new gtid, and an estimate of log time. Asks the cluster the first time only.
 
         Raises:
             NoQuorum: It does not answer in time, or the session has ended and no other could be opened.
@@ -114,7 +115,7 @@ class Coordinator:
         while not (estimate := self._estimate_ms()):
             yield from self._learn_time_gen()
         with self._lock:
-            gtid = self._minter.mint(estimate, session)
+            gtid = self._minter.mint(max(estimate, self._horizon_ms), session)
             self._live[gtid] = 1
         return gtid, estimate
 
@@ -134,13 +135,14 @@ class Coordinator:
 
     def _learn_time_gen(self) -> OpGen[None]:
         deadline_ms = monotonic_ms() + self.request_timeout_ms
-        reply = yield Step(RequestKind.QUERY, commands.query_time(), deadline_ms)
+        reply = yield Step(RequestKind.QUERY, commands.query_tx_clock(), deadline_ms)
         now = monotonic_ms()
+        log_time_ms, _, self._horizon_ms = commands.decode_reply(reply)
         # Before the answer was under way: the estimate is late by that, never early.
-        self._log_time_ms, self._log_time_at = commands.decode_reply(reply)[0], now
+        self._log_time_ms, self._log_time_at = log_time_ms, now
 
     def doubt_time(self) -> None:
-        """A transaction was told that its time was over, and it was not: ask again before the next one."""
+        """A transaction was told that its time was over, or before the horizon, and it was not: ask again before the next."""
         self._log_time_at = 0
 
     def _estimate_ms(self) -> int:

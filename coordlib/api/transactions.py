@@ -35,6 +35,7 @@ from coordlib.errors import (
     IndeterminateError,
     TransactionAborted,
     TransactionConflict,
+    TransactionOutcomeUnknown,
     UsageError,
 )
 from coordlib.machine import commands
@@ -401,6 +402,9 @@ class _TransactionBase:
             self._result = yield from commit_gen(
                 record, self._coordinator.context, until_applied=self._options.until_applied
             )
+        except TransactionOutcomeUnknown:
+            self._coordinator.doubt_time()
+            raise
         except TransactionAborted as error:
             if error.reason == "deadline" and monotonic_ms() < record.expires_ms:
                 self._coordinator.doubt_time()

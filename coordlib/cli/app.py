@@ -212,6 +212,20 @@ def _tx_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--abort", dest="is_commit", action="store_false")
     resolve.add_argument("--force", action="store_true", help="do it; without, say what it would do")
     forget = action("forget", "what was ended by hand and has been seen to")
+    skip = action(
+        "skip", "after a restore from back-up, presume nothing of what the original may have decided"
+    )
+    skip.add_argument(
+        "--original-is-stopped",
+        action="store_true",
+        help="confirms that no member and no application of the original runs any more",
+    )
+    skip.add_argument(
+        "--not-before",
+        metavar="TIME",
+        help="up to when the original ran, by its own clocks, if that may be later than what the clocks here say: in ms "
+        "since 1970, or like 2026-01-31T23:59:59Z",
+    )
     for sub in (resolve, forget):
         sub.add_argument("--branch", metavar="HEX", help="by default all that it is about")
     for sub in (show, resolve, forget):

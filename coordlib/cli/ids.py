@@ -35,7 +35,7 @@ from coordlib.node.driver import ClientDriver
 from coordlib.node.operations import OpGen, Step
 from coordlib.wire.messages import RequestKind
 
-__all__ = ["FORMS", "run"]
+__all__ = ["FORMS", "run", "time_ms"]
 
 PAGE: Final = 500
 BLOCK: Final = 1000
@@ -116,7 +116,7 @@ def _skip(arguments: argparse.Namespace) -> int:
             "original can have granted. It cannot know of an original that still runs, which would go on to mint the "
             "same ids. Make sure that none does, its applications included; then repeat this with --original-is-stopped"
         )
-    not_before_ms = 0 if arguments.not_before is None else _time_ms(arguments.not_before)
+    not_before_ms = 0 if arguments.not_before is None else time_ms(arguments.not_before)
     with _cluster(arguments) as cluster:
         timeout_ms = cluster._request_timeout_ms
         log_time_ms, ahead_ms = cluster._run(_times_gen(timeout_ms))
@@ -134,8 +134,13 @@ def _skip(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _time_ms(text: str) -> int:
-    """Milliseconds since 1970, from such a number or from a time as `coordlib ids inspect` shows it."""
+def time_ms(text: str) -> int:
+    """
+    Milliseconds since 1970, from such a number or from a time as `coordlib ids inspect` shows it.
+
+    Raises:
+        UsageError: It is neither.
+    """
     if text.isascii() and text.isdigit():
         return int(text)
     try:

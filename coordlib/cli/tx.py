@@ -17,11 +17,12 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from coordlib.api.cluster import Cluster
+from coordlib.cli.ids import time_ms
 from coordlib.cli.settings import client_settings
 from coordlib.errors import ConditionFailed, KeyMissing, UsageError
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
-from coordlib.node.clock import monotonic_ms
+from coordlib.node.clock import monotonic_ms, wall_ms
 from coordlib.node.driver import ClientDriver
 from coordlib.node.operations import OpGen, Step
 from coordlib.txn.branches import Finish
@@ -180,7 +181,10 @@ def run(arguments: argparse.Namespace) -> int:
         "in-doubt": _in_doubt,
         "resolve": _resolve,
         "forget": _forget,
+        "skip": _skip,
     }
+    if arguments.action == "skip" and not arguments.original_is_stopped:
+        raise UsageError(_NOT_STOPPED)
     with _Tool(arguments) as tool:
         return actions[arguments.action](arguments, tool)
 
@@ -337,7 +341,8 @@ def _record(arguments: argparse.Namespace, tool: _Tool, state: _State, bqual: by
     for branch in branches:
         tool.command(commands.tx_heuristic(state.gtid, branch.bqual, outcome.value, tool.who))
         print(
-            f"on record: {_called(branch)} {verb} by hand. If its database still holds it prepared, end it there:"
+            f"on record: {_called(branch)} {verb} by hand. If its database still holds it prepared, end it there (where the "
+            "outcome is not known to anybody, recovery does so, too):"
         )
         for statement in tool.statements(branch, is_commit=arguments.is_commit):
             print(f"    {statement}")
@@ -357,6 +362,30 @@ def _forget(arguments: argparse.Namespace, tool: _Tool) -> int:
     for note in notes:
         tool.command(commands.tx_heuristic(gtid, note.bqual, "", tool.who))
         print(f"forgotten: branch {note.bqual.hex()}, {note.outcome} of {_time(note.time_ms)}")
+    return 0
+
+
+_NOT_STOPPED: Final = (
+    "after a restore from back-up, this lets nobody presume that a transaction was aborted which the original may have "
+    "committed. It cannot know of an original that still runs, and goes on to decide. Make sure that none does, its "
+    "applications included; then repeat this with --original-is-stopped"
+)
+
+
+def _skip(arguments: argparse.Namespace, tool: _Tool) -> int:
+    log_time_ms, lifetime_ms, _ = tool.query(commands.query_tx_clock())
+    not_before_ms = 0 if arguments.not_before is None else time_ms(arguments.not_before)
+    # Whatever was decided had been minted no further ahead of the time than the longest life of a transaction.
+    wanted_ms = max(log_time_ms, wall_ms(), not_before_ms) + lifetime_ms
+    horizon_ms, is_raised = tool.command(commands.tx_skip(wanted_ms))
+    if not is_raised:
+        print(f"nothing to do: of what was begun before {_time(horizon_ms)} nobody presumes anything already")
+        return 0
+    print(
+        f"of transactions with names from before {_time(horizon_ms)} that this log does not know, nobody presumes anything. "
+        "Applications may run now; whatever they find prepared from before is in doubt until people have compared the "
+        "databases: `coordlib tx show`, `coordlib tx resolve`"
+    )
     return 0
 
 
@@ -389,7 +418,7 @@ def _outcome(state: _State) -> str:
             "is alive" if state.is_initiator_alive else "is gone: whoever is in doubt aborts it"
         )
     if state.status is TxStatus.UNKNOWN:
-        return "not known: so old that it is no longer kept"
+        return "not known: so old that it is no longer kept, or from before a restore from back-up"
     if state.status is TxStatus.COMMITTED:
         where = (
             "all have obeyed" if not state.pending else f"{len(state.pending)} branches have not obeyed yet"

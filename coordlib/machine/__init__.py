@@ -98,6 +98,7 @@ _OUTSIDE_OF_SESSIONS = frozenset(
         OpCode.BEGIN_EPOCH,
     )
 )
+_TIME_QUERIES = frozenset((QueryCode.TIME, QueryCode.TX_CLOCK))
 _GROWING = frozenset(
     (
         OpCode.MAP_PUT,
@@ -232,6 +233,7 @@ class Machine:
             OpCode.TX_RESOLVE: transactions.resolve,
             OpCode.TX_FORGET: transactions.forget,
             OpCode.TX_HEURISTIC: transactions.heuristic,
+            OpCode.TX_SKIP: transactions.skip,
             OpCode.SERVICE_REGISTER: services.register,
             OpCode.SERVICE_UNREGISTER: services.unregister,
         }
@@ -254,6 +256,7 @@ class Machine:
             QueryCode.TX_HEURISTICS: transactions.heuristics_listing,
             QueryCode.TIME: self._time,
             QueryCode.TX_READ: self._tx_read,
+            QueryCode.TX_CLOCK: self._tx_clock,
             QueryCode.SERVICES: services.query,
         }
 
@@ -420,14 +423,15 @@ class Machine:
         The reply to a query, an error being one. Changes nothing that is replicated.
 
         Args:
-            log_now: What would be logged as the time now, where anybody knows: for TIME, which else answers when the
-                last command was logged. Nothing else may be answered by it: a command of an earlier time may yet come.
+            log_now: What would be logged as the time now, where anybody knows: for TIME and TX_CLOCK, which else tell when
+                the last command was logged. Nothing else may be answered by it: a command of an earlier time may yet come.
         """
         try:
             args = decode_query(query, self.limits)
-            if args[0] == QueryCode.TIME and log_now is not None:
-                return encode((0, max(self.log_time_ms, log_now())))
-            return encode(self._queries[args[0]](args))
+            reply = self._queries[args[0]](args)
+            if args[0] in _TIME_QUERIES and log_now is not None:
+                reply = (0, max(self.log_time_ms, log_now()), *reply[2:])
+            return encode(reply)
         except CoordError as exc:
             return encode_error(_as_remote(exc))
 
@@ -491,6 +495,9 @@ class Machine:
 
     def _tx_read(self, args: list[Any]) -> tuple[Any, ...]:
         return (*self._maps.read_with(args), self.applied_index)
+
+    def _tx_clock(self, _args: list[Any]) -> tuple[Any, ...]:
+        return (0, self.log_time_ms, self.limits.tx_lifetime_ms, self._transactions.horizon_ms)
 
     def _time(self, _args: list[Any]) -> tuple[Any, ...]:
         return (0, self.log_time_ms)

@@ -90,6 +90,7 @@ __all__ = [
     "query_range",
     "query_services",
     "query_time",
+    "query_tx_clock",
     "query_tx_heuristics",
     "query_tx_list",
     "query_tx_read",
@@ -102,6 +103,7 @@ __all__ = [
     "tx_forget",
     "tx_heuristic",
     "tx_resolve",
+    "tx_skip",
     "unpack_entry",
 ]
 
@@ -143,6 +145,7 @@ class OpCode(IntEnum):
     TX_RESOLVE = 65
     TX_FORGET = 66
     TX_HEURISTIC = 67
+    TX_SKIP = 68
     SERVICE_REGISTER = 72
     SERVICE_UNREGISTER = 73
 
@@ -166,6 +169,7 @@ class QueryCode(IntEnum):
     TX_HEURISTICS = 66
     TIME = 67
     TX_READ = 68
+    TX_CLOCK = 69
     SERVICES = 72
 
 
@@ -290,6 +294,7 @@ _OPERATIONS: dict[int, tuple[arg.Check, ...]] = {
     OpCode.TX_RESOLVE: (arg.code, arg.identity16),
     OpCode.TX_FORGET: (arg.code, arg.listed(arg.record(arg.identity16, arg.branch_name), "tx_writes_max")),
     OpCode.TX_HEURISTIC: (arg.code, arg.identity16, arg.branch_name, arg.text, arg.text),
+    OpCode.TX_SKIP: (arg.code, arg.instant),
     OpCode.SERVICE_REGISTER: (arg.code, arg.word, arg.text),
     OpCode.SERVICE_UNREGISTER: (arg.code, arg.word),
 }
@@ -321,6 +326,7 @@ _QUERIES: dict[int, tuple[arg.Check, ...]] = {
     QueryCode.TX_HEURISTICS: (arg.code, arg.optional(arg.record(arg.identity16, arg.branch_name)), arg.uint),
     QueryCode.TIME: (arg.code,),
     QueryCode.TX_READ: (arg.code, arg.name, arg.map_key, arg.listed(_CONDITION, "tx_conditions_max")),
+    QueryCode.TX_CLOCK: (arg.code,),
     QueryCode.SERVICES: (
         arg.code,
         arg.optional(arg.word),
@@ -690,6 +696,16 @@ def tx_heuristic(gtid: bytes, branch: bytes, outcome: str, who: str) -> bytes:
     return encode((OpCode.TX_HEURISTIC.value, gtid, branch, outcome, who))
 
 
+def tx_skip(horizon_ms: int) -> bytes:
+    """
+    -> [horizon in force in ms, was it raised]. After a restore from back-up: of what was minted before the horizon, and has
+    no record, nothing is known from now on: it may have been decided, and nobody presumes. Records stay.
+
+    UsageError: It is further ahead of log_time than two longest lives of a transaction: none could begin for long.
+    """
+    return encode((OpCode.TX_SKIP.value, horizon_ms))
+
+
 def service_register(service: str, instance: str) -> bytes:
     """-> [is it new]. The session hosts the service from now on, until it says otherwise or ends."""
     return encode((OpCode.SERVICE_REGISTER.value, service, instance))
@@ -814,6 +830,15 @@ def query_tx_heuristics(after: tuple[bytes, bytes] | None = None, limit: int = 1
 def query_time() -> bytes:
     """-> [log_time in ms]: what the leader would log now; elsewhere, that of the last entry."""
     return encode((QueryCode.TIME.value,))
+
+
+def query_tx_clock() -> bytes:
+    """
+    -> [log_time in ms, as of `query_time`; longest life of a transaction in ms; horizon in ms].
+
+    What is minted before the horizon is decided no more: mint at the later of the first and the last.
+    """
+    return encode((QueryCode.TX_CLOCK.value,))
 
 
 def query_tx_read(map_name: bytes, key: bytes, conditions: Iterable[Condition] = ()) -> bytes:

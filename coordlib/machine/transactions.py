@@ -226,6 +226,20 @@ class Transactions:
             del self._noted[oldest]
         return (0, self._clear(gtid, branch))
 
+    def skip(
+        self, meta: Meta, _session: int, _sequence: int, args: list[Any], _effects: list[Effect]
+    ) -> Result:
+        horizon_ms = args[1]
+        latest_ms = meta.now_ms + 2 * self._limits.tx_lifetime_ms
+        if horizon_ms > latest_ms:
+            raise UsageError(
+                f"a horizon of {horizon_ms} ms is more than {2 * self._limits.tx_lifetime_ms} ms after log_time "
+                f"({meta.now_ms} ms): no transaction could begin for long. Are the clocks of the members right?"
+            )
+        is_raised = horizon_ms > self.horizon_ms
+        self.horizon_ms = max(self.horizon_ms, horizon_ms)
+        return (0, self.horizon_ms, is_raised)
+
     # --- queries ------------------------------------------------------------------------------------------
 
     def state(self, args: list[Any], now_ms: int) -> Result:

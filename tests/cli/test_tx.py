@@ -207,3 +207,27 @@ def test_mistakes_are_told_in_words(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert word in captured.err
+
+
+def test_after_a_restore_nothing_is_presumed_of_what_the_log_does_not_know(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only when the original is said to be stopped. What is begun then is decided as ever; repeated, it is safe."""
+    kept, lost = shop.gtid(), shop.gtid()
+    shop.commit(kept, shop.bqual(1))
+    assert main(["tx", "skip"]) == 2
+    assert "--original-is-stopped" in capsys.readouterr().err
+    assert shop.state(lost)[0] == TxStatus.NONE
+    assert main(["tx", "skip", "--original-is-stopped"]) == 0
+    assert "nobody presumes" in told(capsys)
+    assert shop.state(kept)[0] == TxStatus.COMMITTED
+    assert shop.command(commands.tx_resolve(lost))[0] == TxStatus.UNKNOWN
+    assert main(["tx", "show", lost.hex()]) == 0
+    assert "restore from back-up" in told(capsys)
+    new, _ = shop.cluster._run(shop.cluster._coordinator.name_gen())
+    shop.commit(new, shop.bqual(2))
+    assert main(["tx", "skip", "--original-is-stopped", "--not-before", "yesterday"]) == 2
+    assert "since 1970" in capsys.readouterr().err
+    far = str(shop.now_ms + 86_400_000)
+    assert main(["tx", "skip", "--original-is-stopped", "--not-before", far]) == 2
+    assert "clocks" in capsys.readouterr().err

@@ -64,6 +64,7 @@ OPERATIONS: dict[OpCode, bytes] = {
     OpCode.TX_RESOLVE: commands.tx_resolve(NONCE),
     OpCode.TX_FORGET: commands.tx_forget([(NONCE, b"branch")]),
     OpCode.TX_HEURISTIC: commands.tx_heuristic(NONCE, b"branch", "rolled back", "a"),
+    OpCode.TX_SKIP: commands.tx_skip(1000),
     OpCode.SERVICE_REGISTER: commands.service_register("inventory", "a:1"),
     OpCode.SERVICE_UNREGISTER: commands.service_unregister("inventory"),
 }
@@ -86,6 +87,7 @@ QUERIES: dict[QueryCode, bytes] = {
     QueryCode.TX_HEURISTICS: commands.query_tx_heuristics((NONCE, b"branch"), 10),
     QueryCode.TIME: commands.query_time(),
     QueryCode.TX_READ: commands.query_tx_read(b"map", b"key", [commands.key_is_at(b"map", b"key", 3)]),
+    QueryCode.TX_CLOCK: commands.query_tx_clock(),
     QueryCode.SERVICES: commands.query_services("inventory", ("inventory", 3), 10),
 }
 LIMITS = Limits()
@@ -136,6 +138,7 @@ def test_numbers_of_operations_are_what_old_logs_hold() -> None:
         "TX_RESOLVE": 65,
         "TX_FORGET": 66,
         "TX_HEURISTIC": 67,
+        "TX_SKIP": 68,
         "SERVICE_REGISTER": 72,
         "SERVICE_UNREGISTER": 73,
     }

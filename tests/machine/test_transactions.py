@@ -562,6 +562,41 @@ def test_forgetting_takes_a_little_of_each_command() -> None:
     assert {1, 8} >= {before - after for before, after in itertools.pairwise(left)}
 
 
+# --- after a restore from back-up -------------------------------------------------------------------------
+
+
+def test_after_a_skip_nothing_is_presumed_of_what_has_no_record() -> None:
+    """It may have been committed after the back-up: neither RESOLVE nor DECIDE says anything else; records stay."""
+    driver, session = ready()
+    kept, aborted, lost = minted(counter=1), minted(counter=2), minted(counter=3)
+    decide(driver, session, kept, participants=[X])
+    driver.run(session, commands.tx_resolve(aborted))
+    assert driver.run(session, commands.tx_skip(START_MS + 1)) == [START_MS + 1, True]
+    for machine in (driver.machine, restore(snapshot(driver.machine))):
+        driver.machine = machine
+        assert state(driver, kept)[0] == COMMITTED
+        assert state(driver, aborted)[0] == ABORTED
+        assert state(driver, lost)[:3] == [TxStatus.UNKNOWN, "horizon", 0]
+        assert driver.ask(commands.query_tx_clock()) == [START_MS, LIFETIME_MS, START_MS + 1]
+    assert driver.run(session, commands.tx_resolve(lost))[:2] == [TxStatus.UNKNOWN, "horizon"]
+    writes = [commands.put_key(b"m", b"k", b"v")]
+    assert decide(driver, session, lost, writes=writes)[:2] == [TxStatus.UNKNOWN, "horizon"]
+    assert content(driver) == {}
+    driver.run(session, commands.tx_forget([(kept, b"x")]))
+    assert state(driver, kept)[0] == COMMITTED
+    assert decide(driver, session, minted(START_MS + 1))[0] == COMMITTED
+
+
+def test_a_skip_never_goes_back_nor_far_ahead() -> None:
+    """Repeated it changes nothing; a horizon in the wrong unit would end all transactions."""
+    driver, session = ready()
+    driver.run(session, commands.tx_skip(START_MS))
+    assert driver.run(session, commands.tx_skip(START_MS - 5)) == [START_MS, False]
+    with pytest.raises(UsageError, match="clocks"):
+        driver.run(session, commands.tx_skip(START_MS + 2 * LIFETIME_MS + 1))
+    assert driver.run(session, commands.tx_skip(START_MS + 2 * LIFETIME_MS))[1]
+
+
 # --- heuristics -------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,9 @@ def test_what_keeps_to_the_rules_is_no_violation() -> None:
     assert told.decisions.value(b"map", b"key") == b"1"
     assert told.decisions.were_together({(b"map", b"key"): b"1", (b"map", b"other"): None})
     assert not told.decisions.were_together({(b"map", b"key"): b"2"})
+    told.tell(commands.tx_skip(NOW + 1), NOW + 1, True)
+    told.resolve(gtid(9), UNKNOWN, "horizon", 0)
+    told.resolve(gtid(1), COMMITTED, "", 1)
     late = NOW + Limits().tx_lifetime_ms + Limits().tx_retention_ms + 5002
     told.resolve(gtid(2), UNKNOWN, "horizon", 0, now_ms=late)
 
@@ -125,6 +128,22 @@ def a_commit_in_spite_of_a_conflict() -> None:
 
 def a_map_that_has_changed_after_all() -> None:
     committed().commit(gtid(2), conditions=[commands.map_is_at(b"map", 0)])
+
+
+def an_abort_of_what_may_have_been_lost() -> None:
+    told = Told()
+    told.tell(commands.tx_skip(NOW + 1), NOW + 1, True)
+    told.resolve(gtid(), ABORTED, "resolved", 2)
+
+
+def a_commit_of_what_may_have_been_lost() -> None:
+    told = Told()
+    told.tell(commands.tx_skip(NOW + 1), NOW + 1, True)
+    told.commit(gtid())
+
+
+def a_horizon_that_is_not_raised() -> None:
+    Told().tell(commands.tx_skip(NOW + 1), NOW, False)
 
 
 def an_abort_without_a_reason() -> None:
@@ -186,6 +205,9 @@ LIES: Final = {
     a_commit_under_a_lock_that_is_lost: "decision",
     a_commit_in_spite_of_a_conflict: "decision",
     a_map_that_has_changed_after_all: "decision",
+    an_abort_of_what_may_have_been_lost: "horizon",
+    a_commit_of_what_may_have_been_lost: "horizon",
+    a_horizon_that_is_not_raised: "horizon",
     an_abort_without_a_reason: "decision",
     an_early_deadline: "decision",
     a_decision_of_another_entry: "decision",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Decision", "Decisions"]
 
 _MAP_COMMANDS: Final = range(OpCode.MAP_PUT, OpCode.MAP_COMPARE_AND_SET + 1)
-_TX_COMMANDS: Final = range(OpCode.TX_DECIDE, OpCode.TX_HEURISTIC + 1)
+_TX_COMMANDS: Final = range(OpCode.TX_DECIDE, OpCode.TX_SKIP + 1)
 
 
 class Decision:
@@ -61,7 +61,8 @@ class Decisions:
     """
 
     __slots__ = (
-        "_foreign", "_horizons", "_limits", "_maps", "_marks", "_past", "_revisions", "_seen", "all", "log_time_ms"
+        "_foreign", "_horizons", "_limits", "_maps", "_marks", "_past", "_revisions", "_seen", "_skipped_ms",
+        "all", "log_time_ms",
     )  # fmt: skip
 
     def __init__(self, marks: Marks, limits: Limits) -> None:
@@ -70,6 +71,7 @@ class Decisions:
         self._seen: set[tuple[int, int]] = set()  # commands, by session and sequence
         self.all: dict[bytes, Decision] = {}
         self.log_time_ms = 0
+        self._skipped_ms = 0  # what was minted before is not to be presumed aborted
         self._maps: dict[bytes, dict[bytes, tuple[bytes, int]]] = {}  # name -> key -> value, mod revision
         self._past: dict[tuple[bytes, bytes], list[tuple[int, bytes | None]]] = {}
         self._revisions: dict[bytes, int] = {}  # name -> the last change of the map
@@ -112,6 +114,11 @@ class Decisions:
                 raise Violation(
                     "pending branch", f"entry {index} forgets {results[0]} branches, {count} were pending"
                 )
+        elif opcode == OpCode.TX_SKIP:
+            self._marks.hit("tx_skipped")
+            self._skipped_ms = max(self._skipped_ms, args[1])
+            if results[0] < self._skipped_ms:
+                raise Violation("horizon", f"entry {index} skips to {args[1]}, and is answered {results}")
         elif args[3]:
             self._marks.hit("tx_heuristic_recorded")
             if results != [self._forget(args[1], args[2])]:
@@ -140,6 +147,10 @@ class Decisions:
             self._marks.hit("tx_outcome_forgotten")
             return True
         if decision is None:
+            if mint_ms_of(gtid) < self._skipped_ms:
+                raise Violation(
+                    "horizon", f"entry {index} ({what}) answers {results} of {gtid.hex()}, skipped before"
+                )
             return False
         if decision.is_committed is not (status == TxStatus.COMMITTED):
             raise Violation("one outcome", f"{decision}, and entry {index} ({what}) answers {results}")
@@ -153,6 +164,8 @@ class Decisions:
     def _may_be_forgotten(self, gtid: bytes) -> bool:
         limits = self._limits
         mint_ms = mint_ms_of(gtid)
+        if mint_ms < self._skipped_ms:
+            return True
         finished = [d.gtid for d in self.all.values() if d.is_committed and not d.pending]
         is_crowded = len(finished) > limits.tx_finished_max
         due_ms = self.log_time_ms - limits.tx_lifetime_ms - limits.tx_retention_ms

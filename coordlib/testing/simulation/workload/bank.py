@@ -48,6 +48,9 @@ class Bank(Service):
         super().__init__(site)
         self.chance = chance = site.world.choices.stream("bank")
         self.settings = Settings.draw(chance)
+        # How often people say that decisions may have been lost; apart, so that nothing else is drawn otherwise for it.
+        self.people = site.world.choices.stream("bank people")
+        self.skip_share = self.people.choice((0.0,) * 7 + (0.01,))
         self.databases = [Book(self, "db/a"), Book(self, "db/b")]
         self.ledgers: dict[str, Ledger] = {}  # by the name of the machine
         self.locals: dict[str, LastBook] = {}

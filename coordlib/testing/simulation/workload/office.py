@@ -137,7 +137,7 @@ class Office:
             2
         ]  # the machine's: a journal outlives the processes that use it
         self._node_tag = node_tag(self.node)
-        self._time: tuple[int, int] | None = None  # log_time, and the clock when it was that
+        self._time: tuple[int, int, int] | None = None  # log_time, the clock when it was that, the horizon
         self._left: list[Unfinished] = []
         self._forgets: list[tuple[bytes, bytes]] = []
         self._is_forgetting = False
@@ -301,6 +301,7 @@ class Office:
         if self.ledger.journal.records(self.ledger.name):
             self._search(self.journal)
         self._sweep()
+        self._skip()
         if self.bank.site.is_stopped:
             for work in self.participants.works.values():
                 # Where a last resource decides, the log has nothing to tell.
@@ -308,6 +309,15 @@ class Office:
                     self._start(self._ask_people_gen(work))
         for work in self.participants.due():
             self._start(self.participants.inquire_gen(work))
+
+    def _skip(self) -> None:
+        """Somebody declares the log to be restored from a back-up: what it does not know is presumed by nobody."""
+        bank = self.bank
+        if self._time is None or bank.site.is_stopped or bank.people.random() >= bank.skip_share:
+            return
+        log_time_ms, at, _ = self._time
+        body = commands.tx_skip(log_time_ms + self.clock() - at)
+        self._start(self._ask_gen(RequestKind.COMMAND, body))
 
     def _sweep(self) -> None:
         """Now and then: what has obeyed and is still pending."""
@@ -475,19 +485,21 @@ class Office:
             places.append(("service", office.who, stream.choice(list(office.ledger.accounts))))
         return places
 
-    def _estimate_gen(self) -> OpGen[int]:
+    def _estimate_gen(self) -> OpGen[tuple[int, int]]:
+        """Of log_time, and the horizon."""
         if self._time is None or self.clock() - self._time[1] > TIME_EVERY_MS:
             at = self.clock()
-            reply = yield from self._ask_gen(RequestKind.QUERY, commands.query_time())
-            self._time = (commands.decode_reply(reply)[0], at)
-        log_time_ms, at = self._time
-        return log_time_ms + self.clock() - at
+            reply = yield from self._ask_gen(RequestKind.QUERY, commands.query_tx_clock())
+            log_time_ms, _, horizon_ms = commands.decode_reply(reply)
+            self._time = (log_time_ms, at, horizon_ms)
+        log_time_ms, at, horizon_ms = self._time
+        return log_time_ms + self.clock() - at, horizon_ms
 
     def _begin_gen(self, timeout_ms: int) -> OpGen[Transaction]:
-        log_time_ms = yield from self._estimate_gen()
+        log_time_ms, horizon_ms = yield from self._estimate_gen()
         if not self.session:
             raise NoQuorum("this process has no session now")
-        gtid = self._minter.mint(log_time_ms, self.session)
+        gtid = self._minter.mint(max(log_time_ms, horizon_ms), self.session)
         return Transaction(
             gtid, self.node, self._node_tag, log_time_ms + timeout_ms, self.clock() + timeout_ms
         )
