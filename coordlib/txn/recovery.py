@@ -15,7 +15,6 @@ from typing import Final, NamedTuple, Protocol
 from coordlib.errors import FatalError, UsageError, invariant
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
-from coordlib.machine.limits import Limits
 from coordlib.node.operations import Do, OpGen, Outcome, Step, Together
 from coordlib.txn.branches import DecidingResource, Finish, PreparedBranch, Resource
 from coordlib.txn.commit import Unfinished
@@ -26,14 +25,15 @@ from coordlib.wire.messages import RequestKind
 
 __all__ = ["InDoubt", "Recovered", "Recovery", "complete_gen", "outcome_gen", "recover_gen", "sweep_gen"]
 
-LIFETIME_MS: Final = Limits().tx_lifetime_ms
-"""Where a transaction's own deadline is not known. When nobody can decide any more, asking for a decision is free."""
-
 TELL_MS: Final = 2000
 PAUSE_SECONDS: Final = 0.05
 PAUSE_SECONDS_MAX: Final = 5.0
 ATTEMPTS_MAX: Final = 24
 """About a minute and a half. Then members of other processes ask by themselves, and resources are searched."""
+
+
+_BY_PEOPLE: Final = {Finish.HEURISTIC_COMMIT.value: True, Finish.HEURISTIC_ROLLBACK.value: False}
+"""What is on record of a branch, where nobody else knows how it is to end: somebody has seen to that."""
 
 
 class InDoubt(NamedTuple):
@@ -90,7 +90,8 @@ def outcome_gen(
 
     Args:
         bqual: Of any branch of it: says who decides.
-        deadline_ms: In log time; None: the longest that a transaction may have.
+        deadline_ms: In log time; None: the longest that a transaction may have. When nobody can decide to commit any
+            more, asking is free: nothing is taken from whoever begun it.
 
     Raises:
         CoordError: The cluster cannot be asked now.
@@ -103,18 +104,29 @@ def outcome_gen(
     reply = yield Step(
         RequestKind.QUERY, commands.query_tx_state(gtid), recovery.clock() + recovery.request_timeout_ms
     )
-    status, _, _, is_alive, log_time_ms, _, _ = commands.decode_reply(reply)
+    status, _, _, is_alive, _, _, notes = commands.decode_reply(reply)
     if status == TxStatus.NONE:
-        last_ms = mint_ms_of(gtid) + LIFETIME_MS
-        if is_alive and log_time_ms <= (last_ms if deadline_ms is None else min(deadline_ms, last_ms)):
+        if is_alive and (yield from _may_yet_be_decided_gen(gtid, deadline_ms, recovery)):
             return None, "not decided yet, and its initiator is alive"
         recovery.count("resolved")
         deadline = recovery.clock() + recovery.request_timeout_ms
         reply = yield Step(RequestKind.COMMAND, commands.tx_resolve(gtid), deadline)
         status, _, _ = commands.decode_reply(reply)
     if status == TxStatus.UNKNOWN:
+        for noted, ending, _, _ in notes:
+            if noted == bqual and ending in _BY_PEOPLE:
+                return _BY_PEOPLE[ending], ""
         return None, "too old: its outcome is no longer kept. Only people can resolve it"
     return status == TxStatus.COMMITTED, ""
+
+
+def _may_yet_be_decided_gen(gtid: bytes, deadline_ms: int | None, recovery: Recovery) -> OpGen[bool]:
+    # By the time that would be logged now: in a cluster in which nothing else is written, that of the last entry stands.
+    deadline = recovery.clock() + recovery.request_timeout_ms
+    reply = yield Step(RequestKind.QUERY, commands.query_tx_clock(), deadline)
+    log_now_ms, lifetime_ms, _ = commands.decode_reply(reply)
+    last_ms = mint_ms_of(gtid) + lifetime_ms
+    return bool(log_now_ms <= (last_ms if deadline_ms is None else min(deadline_ms, last_ms)))
 
 
 def _ask_last_resource_gen(gtid: bytes, tag: bytes, recovery: Recovery) -> OpGen[tuple[bool | None, str]]:
@@ -146,7 +158,12 @@ def recover_gen(resource: Resource, recovery: Recovery) -> OpGen[Recovered]:
     for branch in sorted(found):
         if recovery.is_live(branch.gtid):
             continue
-        is_committed, why = yield from outcome_gen(branch.gtid, branch.bqual, recovery)
+        deadline_ms = None
+        if isinstance(resource, JournalResource):
+            deadline_ms = yield Do(_deadline_in(resource, branch))
+        is_committed, why = yield from outcome_gen(
+            branch.gtid, branch.bqual, recovery, deadline_ms=deadline_ms
+        )
         if is_committed is None:
             in_doubt.append(InDoubt(branch, why))
             continue
@@ -219,6 +236,10 @@ def sweep_gen(
         else:
             yield from heuristic_gen(gtid, bqual, finish, recovery)
     return frozenset((gtid, bqual) for gtid, bqual, _ in pending)
+
+
+def _deadline_in(resource: JournalResource, branch: PreparedBranch) -> Callable[[], int | None]:
+    return lambda: resource.deadline_ms(branch.gtid, branch.bqual)
 
 
 def _finishing(resource: Resource, branch: PreparedBranch, commit: bool) -> Callable[[], Finish]:

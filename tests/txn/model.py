@@ -19,6 +19,7 @@ from coordlib.errors import (
 )
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
+from coordlib.machine.limits import Limits
 from coordlib.node.operations import Do, Failure, OpGen, Outcome, Step, Success, Together
 from coordlib.txn.branches import BranchFailed, DecidingResource, Finish, PreparedBranch, Vote
 from coordlib.txn.commit import Context, Unfinished, finish_gen
@@ -229,9 +230,9 @@ class Agent:
 class World:
     """One transaction, its initiator, two stores, the machine, and an agent on another node."""
 
-    def __init__(self, choices: Choices) -> None:
+    def __init__(self, choices: Choices, limits: Limits | None = None) -> None:
         self.choices = choices
-        self.driver = Driver()
+        self.driver = Driver(limits)
         self.session = self.driver.open("initiator")
         self.other = self.driver.open("agent")
         self.gtid = join_gtid(self.driver.now_ms, self.session, 1)
@@ -331,7 +332,7 @@ class World:
             self.driver.now_ms += round(operation.pause_seconds * 1000)
             return b""
         if operation.kind == RequestKind.QUERY:
-            return self.driver.machine.query(operation.body)
+            return self.driver.machine.query(operation.body, lambda: self.driver.now_ms)
         assert operation.kind == RequestKind.COMMAND
         pick = self.choices.choose(4) if with_faults else 0
         if pick == 3:

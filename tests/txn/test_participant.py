@@ -9,6 +9,7 @@ import pytest
 
 from coordlib.errors import CallTimeout, CoordError, ServiceUnreachable, TransactionAborted
 from coordlib.machine import commands
+from coordlib.machine.commands import TxStatus
 from coordlib.node.operations import Do, OpGen, Step, Together
 from coordlib.txn.commit import commit_gen
 from coordlib.txn.gtid import join_gtid, node_tag
@@ -331,6 +332,23 @@ def test_what_has_not_promised_ends_when_its_time_is_over(world: Services) -> No
     world.inquire()
     assert world.sites["shelf"].participants.works == {}
     assert ask(world, wish(Verb.PREPARE, 2)).status == Status.NO
+
+
+def test_what_has_promised_does_not_wait_for_an_initiator_that_says_nothing_beyond_its_time(
+    world: Services,
+) -> None:
+    """It lives and does nothing, and neither does anybody else: nothing is written, and the time passes all the same."""
+    site = world.sites["shelf"]
+    gtid = world.gtid
+    ask(world, wish(Verb.CALL, 1, gtid))
+    assert ask(world, wish(Verb.PREPARE, 2, gtid)).status == Status.VOTED
+    world.driver.now_ms = 9000  # the deadline
+    world.inquire()
+    assert len(site.participants.works) == 1
+    world.driver.now_ms += 5000
+    world.inquire()
+    assert (site.participants.works, site.shelf.reserved) == ({}, set())
+    assert world.driver.ask(commands.query_tx_state(gtid))[0] == TxStatus.ABORTED
 
 
 def test_what_is_forgotten_is_not_begun_again() -> None:

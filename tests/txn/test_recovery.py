@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
+from coordlib.machine.limits import Limits
 from coordlib.node.operations import Success
 from coordlib.txn.branches import Finish, PreparedBranch
 from coordlib.txn.commit import Unfinished, commit_gen
 from coordlib.txn.gtid import mint_ms_of, resource_tag
-from coordlib.txn.journal import JournalResource, MemoryJournal
+from coordlib.txn.journal import JournalBranch, JournalResource, MemoryJournal
 from coordlib.txn.members import Ending, obeyed
 from coordlib.txn.recovery import complete_gen, recover_gen, sweep_gen
 from coordlib.txn.service import Answer, RemoteMember, Status
@@ -157,6 +160,74 @@ def test_an_outcome_that_is_no_longer_kept_is_presumed_by_nobody() -> None:
     recovered = world.run(recover_gen(world.stores[0], world.agent), with_faults=False)
     assert [found.branch.bqual for found in recovered.in_doubt] == [branch.bqual]
     assert (recovered.rolled_back, recovered.committed, branch.state) == (0, 0, "prepared")
+
+
+@pytest.mark.parametrize(
+    ("ending", "state"), [(Finish.HEURISTIC_COMMIT, "committed"), (Finish.HEURISTIC_ROLLBACK, "rolled back")]
+)
+def test_where_nobody_knows_the_outcome_what_people_have_said_is_obeyed(ending: Finish, state: str) -> None:
+    """For the branch that they have named, and no other: one in a service's journal has nobody else who could end it."""
+    world = World(Choices((), 0))
+    branches = [world.enlist(world.stores[0]) for _ in range(2)]
+    for branch in branches:
+        branch.state = "prepared"
+    world.driver.run(world.other, commands.tx_skip(mint_ms_of(world.gtid) + 1))
+    if ending is Finish.HEURISTIC_COMMIT:
+        world.last.markers.add(world.gtid)  # it is what had been decided in the log that is lost
+        world.tx.decider_tag = world.last.tag
+    world.driver.run(
+        world.other, commands.tx_heuristic(world.gtid, branches[0].bqual, ending.value, "people")
+    )
+    recovered = world.run(recover_gen(world.stores[0], world.agent), with_faults=False)
+    assert (recovered.committed + recovered.rolled_back, len(recovered.in_doubt)) == (1, 1)
+    assert [branch.state for branch in branches] == [state, "prepared"]
+
+
+@pytest.mark.parametrize("lifetime_ms", [50, 600_000])
+def test_what_a_living_initiator_has_left_ends_although_nothing_is_written(lifetime_ms: int) -> None:
+    """
+    In a cluster at rest the time of the last entry stands still. What counts is the time that would be logged now, and
+    this cluster's own longest life of a transaction.
+    """
+    world = World(Choices((), 0), Limits(tx_lifetime_ms=lifetime_ms))
+    branch = world.enlist(world.stores[0])
+    branch.state = "prepared"
+    world.driver.now_ms += lifetime_ms
+    recovered = world.run(recover_gen(world.stores[0], world.agent), with_faults=False)
+    assert [found.why for found in recovered.in_doubt] == ["not decided yet, and its initiator is alive"]
+    world.driver.now_ms += 1
+    recovered = world.run(recover_gen(world.stores[0], world.agent), with_faults=False)
+    assert (recovered.rolled_back, recovered.in_doubt, branch.state) == (1, (), "rolled back")
+
+
+class Kept:
+    """A handler that keeps nothing."""
+
+    def prepare(self, work: object) -> bytes | None:
+        return b"redo"
+
+    def restore(self, redo: bytes) -> None:
+        pass
+
+    def commit(self, redo: bytes) -> None:
+        raise AssertionError("nobody has decided that")
+
+    def abort(self, redo: bytes) -> None:
+        pass
+
+
+def test_a_promise_in_a_journal_waits_for_its_own_deadline_and_not_longer() -> None:
+    """The journal knows it; so a service that was restarted does not hold what it promised for ten minutes."""
+    world = World(Choices((), 0))
+    resource = JournalResource("stock", MemoryJournal(id=b"j"), Kept())
+    deadline_ms = world.tx.deadline_ms
+    branch = JournalBranch(resource, world.gtid, world.tx.name_branch(resource.tag), deadline_ms, None)
+    branch.prepare()
+    world.driver.now_ms = deadline_ms
+    assert len(world.run(recover_gen(resource, world.agent), with_faults=False).in_doubt) == 1
+    world.driver.now_ms = deadline_ms + 1
+    assert world.run(recover_gen(resource, world.agent), with_faults=False).rolled_back == 1
+    assert resource.prepared() == []
 
 
 def test_a_commit_in_one_phase_that_was_interrupted_is_not_called_aborted() -> None:

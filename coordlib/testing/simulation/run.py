@@ -163,7 +163,6 @@ class _Run:
             stack.enter_context(patch("coordlib.node.transfer.CHUNK_SIZE_BYTES", plan.chunk_size_bytes))
             stack.enter_context(patch("coordlib.node.kernel.RaftConfig", self._raft_config))
             stack.enter_context(patch("coordlib.node.kernel.Limits", lambda: self.limits))
-            stack.enter_context(patch("coordlib.txn.recovery.LIFETIME_MS", plan.tx_lifetime_ms))
             stack.enter_context(watched_reads(self.invariants, is_lease_trusted=self.are_clocks_bounded))
             self._boot()
             self.injector.schedule()
