@@ -112,10 +112,10 @@ def outcome_gen(
         deadline = recovery.clock() + recovery.request_timeout_ms
         reply = yield Step(RequestKind.COMMAND, commands.tx_resolve(gtid), deadline)
         status, _, _ = commands.decode_reply(reply)
+    said = next((ending for noted, ending, _, _ in notes if noted == bqual), "")
+    if status == TxStatus.UNKNOWN and said in _BY_PEOPLE:
+        return _BY_PEOPLE[said], ""
     if status == TxStatus.UNKNOWN:
-        for noted, ending, _, _ in notes:
-            if noted == bqual and ending in _BY_PEOPLE:
-                return _BY_PEOPLE[ending], ""
         return None, "too old: its outcome is no longer kept. Only people can resolve it"
     return status == TxStatus.COMMITTED, ""
 

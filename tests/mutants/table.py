@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants import (
+    calls,
     elections,
     ids,
     locks,
@@ -29,6 +30,7 @@ AREAS: dict[str, tuple[Mutant, ...]] = {
     "reads and clocks": reads.MUTANTS,
     "wire": wire.MUTANTS,
     "transactions": transactions.MUTANTS,
+    "calls": calls.MUTANTS,
 }
 MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutants in AREAS.values() for mutant in mutants}
 

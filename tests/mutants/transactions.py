@@ -209,6 +209,56 @@ MUTANTS = (
         tests=_TESTS,
     ),
     Mutant(
+        "guards-of-a-decision-are-not-looked-at",
+        "Kleppmann, DDIA §8: a holder whose lock has gone on to another still changes what it protects",
+        (
+            replace(
+                _MACHINE + "decide",
+                "            for guard in guards:\n",
+                "            for guard in _mutant_hit(guards[:0]):\n",
+            ),
+        ),
+        tests=_TESTS,
+    ),
+    Mutant(
+        "lock-is-not-free-after-the-commit-that-gives-it-back",
+        "a release that is part of a decision is forgotten: everybody waits until the session ends",
+        (
+            replace(
+                _MACHINE + "decide",
+                "        for lock, acquisition in releases:\n",
+                "        for lock, acquisition in _mutant_hit(releases[:0]):\n",
+            ),
+        ),
+        tests=_TESTS,
+    ),
+    Mutant(
+        "lock-is-given-back-by-an-abort",
+        "the half of an aborted transaction: whoever is to try again under its lock has it no more",
+        (
+            replace(
+                _MACHINE + "decide",
+                "        branch = 0\n",
+                "        branch = 0\n"
+                "        if failed >= 0 and otherwise is None and releases and _mutant_hit():\n"
+                "            self._release(meta, session, sequence, *releases[0], effects)\n",
+            ),
+        ),
+        tests=_TESTS,
+    ),
+    Mutant(
+        "a-restored-log-goes-on-to-presume",
+        "presumed abort by a log that has forgotten: what was committed after the back-up is rolled back elsewhere",
+        (
+            replace(
+                _MACHINE + "skip",
+                "        self.horizon_ms = max(self.horizon_ms, horizon_ms)\n        return (0, self.horizon_ms, is_raised)",
+                "        return (0, _mutant_hit(horizon_ms), is_raised)",
+            ),
+        ),
+        tests=_TESTS,
+    ),
+    Mutant(
         "changes-are-made-before-all-is-checked",
         "an aborted transaction leaves the half of it: writes come before the conditions",
         (
@@ -290,8 +340,8 @@ MUTANTS = (
         (
             replace(
                 _RECOVERY + "recover_gen",
-                "yield from outcome_gen(branch.gtid, branch.bqual, recovery)",
-                "yield from outcome_gen(_mutant_hit(min(found)).gtid, branch.bqual, recovery)",
+                "            branch.gtid, branch.bqual, recovery, deadline_ms=deadline_ms\n",
+                "            _mutant_hit(min(found)).gtid, branch.bqual, recovery, deadline_ms=deadline_ms\n",
             ),
         ),
         tests=_TESTS,
