@@ -532,6 +532,7 @@ class Invariants:
             self._outcomes[index] = _Outcome(applied.reply, applied.effects)
             self.decisions.apply(entry, applied, self._model.holders)
             expired = self._model.apply(entry, applied)
+            self._model.check_decided(process._kernel.machine)
             if expired and self._are_clocks_bounded:
                 self._check_beliefs(index, expired)
         elif outcome.reply != applied.reply or outcome.effects != applied.effects:

@@ -11,7 +11,7 @@ from typing import Any
 from coordlib.cbor import decode
 from coordlib.errors import CoordError, NotHolder, QuotaExceeded
 from coordlib.machine import Machine, commands
-from coordlib.machine.commands import OpCode
+from coordlib.machine.commands import OpCode, TxStatus
 from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
 from coordlib.raft.messages import Entry
 from coordlib.testing.simulation.marks import Marks
@@ -32,7 +32,7 @@ class Violation(AssertionError):
 class LogModel:
     """Sessions, locks and windows as they must be, by the log alone; another reading of the same commands."""
 
-    __slots__ = ("_answers", "_ended", "_marks", "_sessions", "_token", "holders", "windows")
+    __slots__ = ("_answers", "_ended", "_marks", "_sessions", "_token", "decided_about", "holders", "windows")
 
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
@@ -40,6 +40,7 @@ class LogModel:
         self._sessions: set[int] = set()
         self._ended: set[int] = set()
         self.holders: dict[bytes, tuple[int, int, int]] = {}  # lock -> session, sequence, token
+        self.decided_about: tuple[bytes, ...] = ()  # locks that the last command gives back if it commits
         self._token = 0
         self.windows = _Windows()
 
@@ -47,6 +48,7 @@ class LogModel:
         """Returns the sessions that it ends because nothing was heard of them."""
         log_time_ms, session, sequence, _, operation = commands.unpack_entry(entry.data)
         self.windows.log_time_ms = max(self.windows.log_time_ms, log_time_ms)
+        self.decided_about = ()
         if session and not self._is_due(entry.index, session, sequence, applied):
             return set()
         try:
@@ -76,6 +78,8 @@ class LogModel:
                 self._release(args[1], session, args[2])
             elif opcode == OpCode.BREAK:
                 self.holders.pop(args[1], None)
+            elif opcode == OpCode.TX_DECIDE and args[7]:
+                self._decide(entry.index, session, args[7], commands.decode_reply(applied.reply))
         ended = {effect.session for effect in applied.effects if isinstance(effect, SessionEnded)}
         for lost in ended:
             self._ended.add(lost)
@@ -138,6 +142,23 @@ class LogModel:
             )
         self._token = token
         self.holders[lock] = (session, sequence, token)
+
+    def _decide(self, index: int, session: int, releases: list[list[Any]], results: list[Any]) -> None:
+        self.decided_about = tuple(lock for lock, _ in releases)
+        status, _, revision, _, _ = results
+        if status == TxStatus.COMMITTED and revision == index:  # else it was decided before
+            for lock, sequence in releases:
+                self._release(lock, session, sequence)
+
+    def check_decided(self, machine: Machine) -> None:
+        """A member that has just applied the last command holds those locks free, or by whom they were held."""
+        for lock in self.decided_about:
+            found = commands.decode_reply(machine.query(commands.query_lock(lock)))[0]
+            held = self.holders.get(lock)
+            if (None if found is None else found[2]) != (None if held is None else held[2]):
+                raise Violation(
+                    "one holder", f"after a decision {lock!r} is held by {found}, and was to be by {held}"
+                )
 
     def _release(self, lock: bytes, session: int, sequence: int) -> None:
         holder = self.holders.get(lock)

@@ -4,9 +4,14 @@ Every process begins transactions, hosts a service whose promises are in a journ
 two databases that all share, a local one that cannot prepare, and an agent that finishes what others have left. All of
 it runs the production code: `coordlib.txn`, and calls between applications over the simulated wires.
 
+Some transactions hold the lock of a vault, are guarded by its token, and may give it back by their decision; now and
+then people say that decisions may have been lost, so that nobody presumes any (`coordlib tx skip`).
+
 Promised, and looked at when it happens or at the end: every part of a transaction ends alike; nobody obeys what is
-not decided; who was told "committed" or "aborted" was told the truth; a call is run once; money that is promised is not
-promised twice; the total stays; and when all is quiet nobody is in doubt, and nothing is pending.
+not decided; no vault is changed by who does not hold its lock any more, and its lock is free exactly if the decision
+that gives it back has committed; who was told "committed" or "aborted" was told the truth; a call is run once; money
+that is promised is not promised twice; the total stays; and when all is quiet nobody is in doubt, and nothing is
+pending.
 
 What must not live here: the stores (`stores`), what is asked of them by a process (`office`), and what the log says of
 it all (see `coordlib.testing.simulation.decisions`).
@@ -25,7 +30,7 @@ from coordlib.node.operations import OpGen, Step
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.decisions import Decision, Decisions
 from coordlib.testing.simulation.processes import Process
-from coordlib.testing.simulation.workload.office import Deal, Office, Settings
+from coordlib.testing.simulation.workload.office import VAULT_NAMES, VAULTS, Deal, Office, Settings
 from coordlib.testing.simulation.workload.site import Outcome, Service, Site, Task, Worker
 from coordlib.testing.simulation.workload.stores import BALANCE, Book, LastBook, Ledger, Part, State
 from coordlib.wire.messages import RequestKind
@@ -50,6 +55,8 @@ class Bank(Service):
         self.settings = Settings.draw(chance)
         # How often people say that decisions may have been lost; apart, so that nothing else is drawn otherwise for it.
         self.people = site.world.choices.stream("bank people")
+        self.vault_share = site.world.choices.stream("bank vaults").choice((0.0, 0.2, 0.5))
+        self._vaults: dict[bytes, int] = {}  # the last token that was accepted
         self.skip_share = self.people.choice((0.0,) * 7 + (0.01,))
         self.databases = [Book(self, "db/a"), Book(self, "db/b")]
         self.ledgers: dict[str, Ledger] = {}  # by the name of the machine
@@ -273,6 +280,14 @@ class Bank(Service):
         if decisions is None:
             return
         pair = [decode(value) for key in PAIR if (value := decisions.value(SKEW, key)) is not None]
+        for vault in VAULT_NAMES:
+            value = decisions.value(VAULTS, vault)
+            token = 0 if value is None else decode(value)
+            if token < self._vaults.get(vault, 0):
+                self.broken(
+                    "guards", f"{vault!r} was changed with token {token}, after {self._vaults[vault]}"
+                )
+            self._vaults[vault] = token
         if sum(pair) < 0:
             self.broken("serialisable", f"the two accounts hold {pair}: two took what only one could have")
 

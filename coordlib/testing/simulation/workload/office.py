@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from coordlib.api.locks import Grant, _LockBase
 from coordlib.api.overlay import Overlay
 from coordlib.cbor import decode, encode
 from coordlib.errors import (
@@ -25,7 +26,7 @@ from coordlib.errors import (
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
 from coordlib.node.effects import InboundCall
-from coordlib.node.operations import Do, OpGen, Step
+from coordlib.node.operations import FOREVER_MS, Do, OpGen, Step
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.workload.site import Task, Worker
 from coordlib.testing.simulation.workload.stores import (
@@ -51,10 +52,13 @@ from coordlib.wire.messages import CallStatus, RequestKind
 if TYPE_CHECKING:
     from coordlib.testing.simulation.workload.bank import Bank
 
-__all__ = ["Deal", "Leg", "Office", "Settings"]
+__all__ = ["VAULTS", "VAULT_NAMES", "Deal", "Leg", "Office", "Settings"]
 
 MAP: Final = b"bank"
 MAP_KEYS: Final = tuple(b"m%d" % place for place in range(3))
+VAULTS: Final = b"vaults"
+VAULT_NAMES: Final = (b"vault-0", b"vault-1")
+VAULT_SECONDS: Final = 0.5
 TIME_EVERY_MS: Final = 5000
 FORGET_AFTER_MS: Final = 300
 PAUSED_MS: Final = 50
@@ -98,7 +102,19 @@ class Leg(NamedTuple):
 class Deal:
     """One transaction, as all know it who judge it."""
 
-    __slots__ = ("decider", "gtid", "keys", "parts", "plan", "rolled_back", "told", "waits", "who")
+    __slots__ = (
+        "decider",
+        "grant",
+        "gtid",
+        "is_releasing",
+        "keys",
+        "parts",
+        "plan",
+        "rolled_back",
+        "told",
+        "waits",
+        "who",
+    )
 
     def __init__(self, plan: tuple[Leg, ...], who: str, waits: bool) -> None:
         self.plan = plan
@@ -108,13 +124,17 @@ class Deal:
         self.parts: list[Part] = []
         self.keys: tuple[bytes, ...] = ()  # of the map, that its decision changes
         self.decider: LastBook | None = None
+        self.grant: Grant | None = None  # of the lock of a vault that it changes
+        self.is_releasing = False  # by its decision
         self.told: bool | None = None  # that it is committed, or aborted
         self.rolled_back: Part | None = None
 
     def is_alone(self, part: Part) -> bool:
         """Nothing else is changed by it."""
-        return not self.keys and not any(
-            other is not part and any(other.changes.values()) for other in self.parts
+        return (
+            not self.keys
+            and self.grant is None
+            and not any(other is not part and any(other.changes.values()) for other in self.parts)
         )
 
 
@@ -128,6 +148,7 @@ class Office:
         self.who = worker.name
         self.request_timeout_ms = bank.site.world.timing.request_timeout_ms
         self.stream = stream = worker.stream(bank.site, "bank office")
+        self._vault_stream = worker.stream(bank.site, "bank vaults")
         settings = self.settings = bank.settings
         self.is_ended = False
         self.deals: dict[bytes, Deal] = {}  # begun here, and not over
@@ -519,6 +540,46 @@ class Office:
         Raises:
             CoordError: As `commit_gen`; or it was given up before.
         """
+        try:
+            yield from self._transfer_gen(deal)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            yield from self._give_back_gen(deal)
+            raise
+        if not deal.is_releasing:
+            yield from self._give_back_gen(deal)
+        elif deal.grant is not None:
+            self.bank.hit("tx_lock_released")
+            deal.grant._is_released = True
+            self.process._grants.discard(deal.grant)
+
+    def _take_vault_gen(self, deal: Deal, overlay: Overlay) -> OpGen[None]:
+        """A vault is changed by who holds its lock, and by nobody who has held it: without looking what is in it."""
+        stream = self._vault_stream
+        name = stream.choice(VAULT_NAMES)
+        # A process has of a cluster what a lock's handle needs of it.
+        lock = _LockBase(self.process, name.decode(), None, None, None)  # type: ignore[arg-type]
+        grant = deal.grant = yield from lock._acquire_gen(VAULT_SECONDS)
+        guard = (grant._lock_name, grant._token)
+        overlay.put(VAULTS, name, encode(grant._token), guard)
+        deal.is_releasing = stream.random() < 0.6
+        if deal.is_releasing:
+            overlay.release(grant._lock_name, grant._sequence)
+        if stream.random() < 0.15:
+            # It goes on without noticing that the lock is somebody else's.
+            yield from self._give_back_gen(deal)
+            yield Step.pause(stream.randint(1, 400) / 1000)
+
+    def _give_back_gen(self, deal: Deal) -> OpGen[None]:
+        grant = deal.grant
+        if grant is not None and not grant._is_released:
+            grant._is_released = True
+            self.process._grants.discard(grant)
+            body = commands.release(grant._lock_name, grant._sequence)
+            yield Step(RequestKind.COMMAND, body, FOREVER_MS, view=grant._view, is_detached=True)
+
+    def _transfer_gen(self, deal: Deal) -> OpGen[None]:
         tx = yield from self._begin_gen(self.stream.choice(self.settings.timeouts_ms))
         deal.gtid = tx.gtid
         self.bank.deals[tx.gtid] = self.deals[tx.gtid] = deal
@@ -553,6 +614,8 @@ class Office:
             tx.set_decider(self.local.tag)
             deal.decider = self.local.book
         overlay = Overlay(is_read_only=False, is_serializable=True)
+        if deal.decider is None and self._vault_stream.random() < self.bank.vault_share:
+            yield from self._take_vault_gen(deal, overlay)
         for number, leg in enumerate(deal.plan):
             if leg.kind == "map":
                 yield from self._change_map_gen(deal, leg, overlay)
