@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import pytest
 
 from coordlib.testing.databases import DatabaseServer, MariaDBServer, PostgreSQLServer, ServerMissing
 from coordlib.txn.gtid import BranchName, GtidMinter, cluster_tag, node_tag, resource_tag
+from coordlib.txn.resources import watchdog
 
 S = TypeVar("S", bound=DatabaseServer)
 
@@ -67,3 +69,29 @@ class Names:
 @pytest.fixture
 def names() -> Names:
     return Names()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watchdog, "monotonic", clock)
+    return clock
+
+
+@contextlib.contextmanager
+def stopped(process: int, clock: Clock) -> Iterator[None]:
+    """In it the process does not answer, and transactions' time is over."""
+    os.kill(process, signal.SIGSTOP)
+    clock.now += 100
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)

@@ -27,7 +27,7 @@ from coordlib.txn.branches import (
 from coordlib.txn.gtid import BranchName, cluster_tag, join_gtid, node_tag
 from coordlib.txn.resources.common import ResourceBusy
 from coordlib.txn.resources.mariadb import MARKER_TABLE, MariaDB, MariaDBBranch
-from tests.txn.conftest import Names
+from tests.txn.conftest import Clock, Names, stopped
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -585,6 +585,26 @@ def test_a_connection_that_is_lost_during_commit(
         branch.commit()
     _until_detached(branch.commit)
     assert _rows(look) == ["a"]
+
+
+def test_a_mariadb_that_hangs_lets_its_callers_go(
+    stock: MariaDB, names: Names, look: Connection, clock: Clock, mariadb_server: MariaDBServer
+) -> None:
+    """A statement, a vote and the end of a promise; whatever was not promised is rolled back when it goes on."""
+    server = mariadb_server._process
+    assert server is not None
+    asking, voting, promised = (_written(stock, names, name) for name in "abc")
+    assert promised.prepare() is Vote.YES
+    with stopped(server.pid, clock):
+        with pytest.raises(pymysql.OperationalError):
+            asking.connection.cursor().execute("SELECT 1")
+        asking.rollback()
+        with pytest.raises(BranchFailed):
+            voting.prepare()
+        with pytest.raises(pymysql.OperationalError):
+            promised.commit()
+    _until_detached(promised.commit)
+    assert _rows(look) == ["c"]
 
 
 def test_a_connection_that_the_server_closed_while_idle(

@@ -49,6 +49,7 @@ from coordlib.txn.resources.common import (
     ResourceBusy,
     missing_driver,
 )
+from coordlib.txn.resources.watchdog import GRACE_SECONDS, watchdog
 
 try:
     import pymysql
@@ -76,6 +77,8 @@ _CONFLICTS: Final = (_DEADLOCK, _LOCK_WAIT, *_ROLLED_BACK)
 
 _ASK_S: Final = 5.0  # how long a one-phase commit whose connection broke is asked about, at least
 _ASK_PAUSE_S: Final = 0.05
+_CONNECT_S: Final = 5  # where the application says nothing else
+_RECOVERY_S: Final = 10.0  # one look into a database, or one branch's end
 _DETACHED_S: Final = (
     0.5  # after its connection has closed, until others may touch a branch; the server needs microseconds
 )
@@ -120,7 +123,7 @@ class MariaDB(ResourceBase):
             allowed to. Without, a branch that has ended behind our back is a HAZARD, and a one-phase commit whose
             connection breaks is unknown.
         is_durable: False accepts settings by which a promise does not outlive a loss of power.
-        parameters: For `pymysql.connect`; `database` among them.
+        parameters: For `pymysql.connect`; `database` among them. `connect_timeout` is 5 s unless it is given.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class MariaDB(ResourceBase):
                 f"'autocommit' is not for parameters of {name!r}: transactions are ours to begin"
             )
         self._parameters = parameters
-        self._new = connect or (lambda: pymysql.connect(**parameters))
+        self._new = connect or (lambda: _dial(parameters))
         self._configure = configure
         self._has_markers = has_markers
         self._is_durable = is_durable
@@ -361,7 +364,7 @@ class MariaDB(ResourceBase):
         idle = self._idle.take()
         if idle is not None:
             try:
-                result = work(idle)
+                result = _watched(idle, work)
             except pymysql.OperationalError:
                 _close(idle)
             except BaseException:
@@ -372,7 +375,7 @@ class MariaDB(ResourceBase):
                 return result
         connection = self._connect()
         try:
-            result = work(connection)
+            result = _watched(connection, work)
         except BaseException:
             _close(connection)
             raise
@@ -404,6 +407,15 @@ class MariaDBBranch:
         self._xid = resource._xid(gtid, bqual)
         self._state = "active"  # idle, preparing, prepared, ended
         self._lock = _lock_name(gtid, bqual)
+        self._watched = watchdog.watch(_file(connection), remaining_s() + GRACE_SECONDS)
+        try:
+            self._begin()
+        except BaseException:
+            watchdog.unwatch(self._watched)
+            raise
+
+    def _begin(self) -> None:
+        resource, connection, remaining_s = self._resource, self._connection, self._remaining_s
         is_locked, is_in_transaction, *limits = _row(connection, _SESSION, (self._lock,))
         if not is_locked:
             raise ResourceBusy(f"another connection to {resource.name!r} has a branch of this name")
@@ -524,16 +536,17 @@ class MariaDBBranch:
             raise BranchFailed(
                 f"the connection to {resource.name!r} was lost; nothing had been written"
             ) from lost
-        pauses = max(_ASK_S, self._remaining_s()) / _ASK_PAUSE_S if resource._has_markers else 0
-        while pauses > 0:
-            pauses -= 1
+        until = time.monotonic() + (max(_ASK_S, self._remaining_s()) if resource._has_markers else 0)
+        while time.monotonic() < until:
             try:
                 connection = resource._connect()
             except pymysql.MySQLError:
                 self._pause(_ASK_PAUSE_S)
                 continue
             try:
-                was_committed = _is_marked(connection, self._gtid, self._bqual)
+                was_committed = _watched(
+                    connection, lambda connection: _is_marked(connection, self._gtid, self._bqual)
+                )
             except (ResourceBusy, pymysql.MySQLError):
                 self._pause(_ASK_PAUSE_S)
                 continue
@@ -598,6 +611,7 @@ class MariaDBBranch:
     def _end(self) -> None:
         self._state = "ended"
         self._watch.end()
+        watchdog.unwatch(self._watched)
         if self._connection.open:
             try:
                 self._set(self._limits, ", @coordlib = RELEASE_LOCK(%s)", self._lock)
@@ -661,6 +675,40 @@ class _Watch:
         except pymysql.MySQLError as exc:
             self._failures.note(exc)
             raise
+
+
+def _dial(parameters: dict[str, Any]) -> _Connection:
+    # The driver's connect_timeout ends before the server's first word; the time to read that is one of its own.
+    timeout_s = parameters.get("connect_timeout", _CONNECT_S)
+    limits = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
+    connection = pymysql.connect(**{**limits, **parameters})
+    if "read_timeout" not in parameters:
+        connection.__dict__["_read_timeout"] = None
+    return connection
+
+
+def _file(connection: _Connection) -> int:
+    """
+    Raises:
+        pymysql.OperationalError: It is closed.
+    """
+    found = connection.__dict__.get("_sock")
+    if found is None:
+        raise pymysql.OperationalError(2006, "the connection is closed")
+    file: int = found.fileno()
+    return file
+
+
+def _watched(connection: _Connection, work: Callable[[_Connection], T]) -> T:
+    """
+    Raises:
+        pymysql.OperationalError: No answer in time.
+    """
+    watched = watchdog.watch(_file(connection), _RECOVERY_S)
+    try:
+        return work(connection)
+    finally:
+        watchdog.unwatch(watched)
 
 
 def _lock_name(gtid: bytes, bqual: bytes) -> str:

@@ -12,12 +12,14 @@ What has to be watched, and is:
 * A transaction that was given no number wrote nothing: it commits at once and votes READ_ONLY. Such a transaction may
   have sent a NOTIFY, which then goes out with the vote; with anything written as well the server refuses to prepare it.
 * Statements and waits for locks end with the transaction's time, and so does a session whose application has stalled.
+  A server that neither answers nor hangs up is waited for a little longer (`watchdog`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import struct
 import time
 from collections.abc import Callable
@@ -47,6 +49,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from coordlib.txn.resources import cursors, statements
+from coordlib.txn.resources.watchdog import GRACE_SECONDS, watchdog
 
 __all__ = ["AsyncPostgreSQLBranch", "PostgreSQL", "PostgreSQLBranch"]
 
@@ -59,6 +62,8 @@ _HAS_TRANSACTION_TIMEOUT: Final = 170000
 _MARK: Final = "coordlib.branch"
 _ASK_S: Final = 5.0  # how long a one-phase commit whose connection broke is asked about, at least
 _ASK_PAUSE_S: Final = 0.05
+_CONNECT_S: Final = 5  # where the application says nothing else
+_RECOVERY_S: Final = 10.0  # one look into a database, or one branch's end
 _EVIDENCE: Final = struct.Struct(">QII")  # transaction number, system, timeline
 
 # What pg_walfile_name() begins with is the timeline that is written to now; that of pg_control_checkpoint() lags behind
@@ -111,6 +116,7 @@ class PostgreSQL(ResourceBase):
         name: The same on every node that reaches this database.
         conninfo: As `psycopg.connect` takes it. The same user on every node: only the owner of a prepared
             transaction, or a superuser, can end it.
+            `connect_timeout` is 5 s unless it is given.
         connect: Makes a connection, not in autocommit mode; instead of `conninfo` and `parameters`.
         configure: Called with each new connection, in a transaction of its own; not for asynchronous ones.
         idle_max: How many connections are kept.
@@ -135,6 +141,8 @@ class PostgreSQL(ResourceBase):
                 raise UsageError(
                     f"{refused!r} is not for parameters of {name!r}: transactions are ours to begin"
                 )
+        if connect is None and "connect_timeout" not in conninfo and not os.environ.get("PGCONNECT_TIMEOUT"):
+            parameters.setdefault("connect_timeout", _CONNECT_S)
         self._conninfo = conninfo
         self._parameters = parameters
         self._new = connect or (lambda: psycopg.connect(conninfo, **parameters))
@@ -355,7 +363,7 @@ class PostgreSQL(ResourceBase):
         idle = self._idle.take()
         if idle is not None:
             try:
-                result = work(idle)
+                result = _watched(idle, work)
             except psycopg.OperationalError:
                 idle.close()
             except BaseException:
@@ -366,7 +374,7 @@ class PostgreSQL(ResourceBase):
                 return result
         connection = self._connect()
         try:
-            result = work(connection)
+            result = _watched(connection, work)
         except BaseException:
             connection.close()
             raise
@@ -425,6 +433,7 @@ class _Branch:
         self._is_driven = is_driven
         self._mark = f"{text_of(gtid)}/{bqual.hex()}"
         self._state = "active"  # preparing, prepared, ended
+        self._watched = 0
         self._evidence: _Evidence | None = None
         self._system = 0
 
@@ -478,6 +487,7 @@ class _Branch:
                 f"a connection to {self._resource.name!r} is {TransactionStatus(status).name}, in a transaction of its own "
                 "already: commit or roll back before enlisting"
             )
+        self._watched = watchdog.watch(connection.fileno(), self._remaining_s() + GRACE_SECONDS)
         about = self._resource._about.get(connection)
         if about is None:
             statement_timeout_ms, system = yield from statements.query_gen(connection, _STATE_OF_CONNECTION)
@@ -587,20 +597,21 @@ class _Branch:
         name = self._resource.name
         if self._evidence is None:
             raise BranchFailed(f"the connection to {name!r} was lost; nothing had been written") from lost
-        pauses = max(_ASK_S, self._remaining_s()) / _ASK_PAUSE_S
-        while pauses > 0:
-            pauses -= 1
+        until = time.monotonic() + max(_ASK_S, self._remaining_s())
+        while time.monotonic() < until:
             try:
                 connection = yield self._reconnect()
             except psycopg.OperationalError:
                 yield self._pause(_ASK_PAUSE_S)
                 continue
+            watched = watchdog.watch(connection.fileno(), GRACE_SECONDS)
             try:
                 finish = yield from _how_it_ended_gen(connection, self._evidence, True)
             except (ResourceBusy, psycopg.OperationalError):
                 yield self._pause(_ASK_PAUSE_S)  # the server has not noticed, or has gone again
                 continue
             finally:
+                watchdog.unwatch(watched)
                 yield connection.close()
             if finish is Finish.ALREADY:
                 return
@@ -622,10 +633,13 @@ class _Branch:
             yield connection.close()  # what is not prepared yet ends with it
         if connection.closed:
             reconnected = connection = yield self._reconnect()
+            self._unwatch()
+            self._watched = watchdog.watch(connection.fileno(), GRACE_SECONDS)
         try:
             finish = yield from _finish_gen(connection, self._gid, self._bqual, commit)
         finally:
             if reconnected is not None:
+                self._unwatch()
                 yield reconnected.close()
         self._end()
         if finish not in (Finish.DONE, Finish.ALREADY):
@@ -660,8 +674,13 @@ class _Branch:
             yield connection.close()
         self._end()
 
+    def _unwatch(self) -> None:
+        watched, self._watched = self._watched, 0
+        watchdog.unwatch(watched)
+
     def _end(self) -> None:
         self._state = "ended"
+        self._unwatch()
         if self._is_ours:
             self._is_ours = False
             self._release()
@@ -758,6 +777,18 @@ class AsyncPostgreSQLBranch(_Branch):
 
 def run(flow: Flow[_T]) -> _T:
     return poll(polled(flow))
+
+
+def _watched(connection: psycopg.Connection[Any], work: Callable[[psycopg.Connection[Any]], _T]) -> _T:
+    """
+    Raises:
+        psycopg.OperationalError: No answer in time.
+    """
+    watched = watchdog.watch(connection.fileno(), _RECOVERY_S)
+    try:
+        return work(connection)
+    finally:
+        watchdog.unwatch(watched)
 
 
 def _finish_gen(connection: Any, gid: str, bqual: bytes, commit: bool) -> Flow[Finish]:
