@@ -536,8 +536,10 @@ class MariaDBBranch:
             raise BranchFailed(
                 f"the connection to {resource.name!r} was lost; nothing had been written"
             ) from lost
-        until = time.monotonic() + (max(_ASK_S, self._remaining_s()) if resource._has_markers else 0)
-        while time.monotonic() < until:
+        budget_s = max(_ASK_S, self._remaining_s()) if resource._has_markers else 0
+        pauses, until = budget_s / _ASK_PAUSE_S, time.monotonic() + budget_s  # connecting takes time, too
+        while pauses > 0 and time.monotonic() < until:
+            pauses -= 1
             try:
                 connection = resource._connect()
             except pymysql.MySQLError:

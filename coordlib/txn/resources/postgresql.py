@@ -597,8 +597,10 @@ class _Branch:
         name = self._resource.name
         if self._evidence is None:
             raise BranchFailed(f"the connection to {name!r} was lost; nothing had been written") from lost
-        until = time.monotonic() + max(_ASK_S, self._remaining_s())
-        while time.monotonic() < until:
+        budget_s = max(_ASK_S, self._remaining_s())
+        pauses, until = budget_s / _ASK_PAUSE_S, time.monotonic() + budget_s  # connecting takes time, too
+        while pauses > 0 and time.monotonic() < until:
+            pauses -= 1
             try:
                 connection = yield self._reconnect()
             except psycopg.OperationalError:
