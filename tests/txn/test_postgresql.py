@@ -739,6 +739,37 @@ def test_ctrl_c_leaves_a_connection_in_a_known_state(
         branch.prepare()
 
 
+def test_an_interrupt_while_a_branch_begins_closes_its_connection(
+    orders: PostgreSQL, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kept connection, too: nobody else has it to close."""
+
+    def interrupted(*_: object) -> Any:
+        raise interrupt
+        yield
+
+    branch = _begin(orders, names)
+    kept = branch.connection
+    branch.rollback()
+    monkeypatch.setattr(statements, "begin_gen", interrupted)
+    interrupt: BaseException = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        _begin(orders, names)
+    assert kept.closed
+    monkeypatch.undo()
+
+    async def work() -> None:
+        branch = await orders.abegin(names.gtid(), names.bqual("orders"), names.remaining_s)
+        await branch.arollback()
+        monkeypatch.setattr(statements, "begin_gen", interrupted)
+        with pytest.raises(asyncio.CancelledError):
+            await orders.abegin(names.gtid(), names.bqual("orders"), names.remaining_s)
+        assert branch.connection.closed
+
+    interrupt = asyncio.CancelledError()
+    asyncio.run(work())
+
+
 def test_two_branches_are_polled_by_one_thread(
     orders: PostgreSQL, names: Names, look: psycopg.Connection[Any]
 ) -> None:

@@ -227,6 +227,9 @@ class PostgreSQL(ResourceBase):
                 return branch
             except psycopg.Error:
                 idle.close()  # it had been closed by the server while it was idle; nothing has happened on it
+            except BaseException:
+                idle.close()
+                raise
         branch = PostgreSQLBranch(self, self._connect(), gtid, bqual, remaining_s, is_ours=True)
         try:
             run(branch._begin_gen())
@@ -247,6 +250,9 @@ class PostgreSQL(ResourceBase):
                 return branch
             except psycopg.OperationalError:
                 await idle.close()
+            except BaseException:
+                _drop(idle)  # a task that was cancelled is not kept waiting
+                raise
         fresh = await psycopg.AsyncConnection.connect(self._conninfo, **self._parameters)
         cursors.watch(fresh)
         branch = AsyncPostgreSQLBranch(self, fresh, gtid, bqual, remaining_s, is_ours=True)
