@@ -245,6 +245,9 @@ class MariaDB(ResourceBase):
                 return MariaDBBranch(self, idle, gtid, bqual, remaining_s, is_ours=True)
             except pymysql.MySQLError:
                 _close(idle)  # it had been closed by the server while it was idle; nothing has happened on it
+            except BaseException:
+                _close(idle)
+                raise
         fresh = self._connect()
         try:
             return MariaDBBranch(self, fresh, gtid, bqual, remaining_s, is_ours=True)

@@ -44,6 +44,7 @@ try:
     import psycopg
 except ImportError as exc:  # pragma: no cover - the test environment has it
     raise missing_driver(__name__, "psycopg 3", "postgresql") from exc
+import psycopg.conninfo
 from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
@@ -114,8 +115,8 @@ class PostgreSQL(ResourceBase):
 
     Args:
         name: The same on every node that reaches this database.
-        conninfo: As `psycopg.connect` takes it. The same user on every node: only the owner of a prepared
-            transaction, or a superuser, can end it.
+        conninfo: As `psycopg.connect` takes it; never in an error or a log of ours. The same user on every node: only
+            the owner of a prepared transaction, or a superuser, can end it.
             `connect_timeout` is 5 s unless it is given.
         connect: Makes a connection, not in autocommit mode; instead of `conninfo` and `parameters`.
         configure: Called with each new connection, in a transaction of its own; not for asynchronous ones.
@@ -141,6 +142,12 @@ class PostgreSQL(ResourceBase):
                 raise UsageError(
                     f"{refused!r} is not for parameters of {name!r}: transactions are ours to begin"
                 )
+        try:
+            psycopg.conninfo.conninfo_to_dict(conninfo)
+        except psycopg.ProgrammingError:
+            # From None, and without the driver's words: they quote the text, in which there may be a password.
+            raise ConfigError(f"the conninfo of {name!r} is none that libpq can read") from None
+        self._has_own_connect = connect is not None
         if connect is None and "connect_timeout" not in conninfo and not os.environ.get("PGCONNECT_TIMEOUT"):
             parameters.setdefault("connect_timeout", _CONNECT_S)
         self._conninfo = conninfo
@@ -243,6 +250,11 @@ class PostgreSQL(ResourceBase):
     ) -> AsyncPostgreSQLBranch:
         """As `begin`, on an asynchronous connection of the running event loop."""
         self.check_bqual(bqual)
+        if self._has_own_connect:
+            raise UsageError(
+                f"{self.name!r} makes its connections by connect=..., which blocks: for tasks give a conninfo, or enlist a "
+                "connection of yours with using=..."
+            )
         while (idle := self._async_idle.take(asyncio.get_running_loop())) is not None:
             branch = AsyncPostgreSQLBranch(self, idle, gtid, bqual, remaining_s, is_ours=True)
             try:
