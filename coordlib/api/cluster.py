@@ -273,6 +273,11 @@ class _Handle:
 
     def _register(self, resource: R) -> R:
         self._engine  # noqa: B018  # raises if the handle cannot be used
+        if not all(hasattr(resource, name) for name in ("name", "tag", "prepared", "finish")):
+            raise UsageError(
+                f"a {type(resource).__name__} is no resource: give one of coordlib.txn.resources, for example "
+                "PostgreSQL(name, conninfo)"
+            )
         if hasattr(resource, "open"):
             resource.open(cluster_tag(self._cluster_uuid()))
         self._coordinator.register(resource)

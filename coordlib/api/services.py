@@ -520,7 +520,8 @@ class Host:
     def _run(self, hosted: _Hosted, operation: str, payload: bytes) -> bytes:
         function = hosted.operations.get(operation)
         if function is None:
-            raise UsageError(f"service {hosted.name!r} has no operation {operation!r}")
+            known = ", ".join(map(repr, sorted(hosted.operations))) or "none"
+            raise UsageError(f"service {hosted.name!r} has no operation {operation!r}; it has {known}")
         decoded = CANONICAL.decode(payload)
         if type(decoded) is not list or len(decoded) != 2:
             raise RemoteProtocolError("malformed arguments")

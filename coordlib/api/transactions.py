@@ -126,7 +126,10 @@ _OUTCOMES: Final = {
 def outcome_gen(gtid: bytes, request_timeout_ms: int) -> OpGen[str]:
     """What is recorded of a transaction. Decides nothing."""
     if type(gtid) is not bytes or len(gtid) != 16:
-        raise UsageError("a gtid has 16 bytes; transactions of replicated state alone have none")
+        raise UsageError(
+            f"a gtid is 16 bytes, got {gtid!r}: of the 32 digits in messages bytes.fromhex(...) makes one. Transactions of "
+            "replicated state alone have none"
+        )
     reply = yield Step(RequestKind.QUERY, commands.query_tx_state(gtid), monotonic_ms() + request_timeout_ms)
     return _OUTCOMES[TxStatus(commands.decode_reply(reply)[0])]
 
@@ -207,7 +210,10 @@ class _TransactionBase:
         if record is None:
             raise UsageError("the transaction is not begun: use it in a `with` block")
         if record.state is not State.ACTIVE:
-            raise UsageError(f"the transaction has ended, it is {record.state.value}")
+            state = record.state.value
+            if record.state is State.ENDED:
+                state = "rolled back" if self._outermost._result is None else "committed"
+            raise UsageError(f"the transaction has ended ({state}): begin another one")
         return record
 
     def doom(self, reason: str = "doom() was called") -> None:
@@ -308,9 +314,13 @@ class _TransactionBase:
         outer = enclosing(self._cluster)
         propagation = self._options.propagation
         if outer is None and propagation == "mandatory":
-            raise UsageError("this must be called within a transaction")
+            raise UsageError(
+                "propagation='mandatory': this must be called within a transaction of the same handle, and there is none"
+            )
         if outer is not None and propagation == "never":
-            raise UsageError("this must not be called within a transaction")
+            raise UsageError(
+                "propagation='never': this must not be called within a transaction, and there is one"
+            )
         if outer is not None and propagation != "requires_new":
             if outer.has_ended:
                 raise UsageError(
@@ -461,6 +471,11 @@ class _TransactionBase:
 
     def _enlisted(self, record: Record, resource: Any, using: Any, read_only: bool) -> LocalMember | None:
         """The branch that there is in the resource: for those who enlist it again."""
+        if not (hasattr(resource, "begin") or hasattr(resource, "is_last_resource")):
+            raise UsageError(
+                f"enlist() takes what was given to cluster.resource(...), or a branch; got {type(resource).__name__}. A "
+                "connection of yours goes into `using`"
+            )
         for member in record.members:
             if not isinstance(member, LocalMember):
                 continue

@@ -31,7 +31,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
-from coordlib.errors import UsageError, invariant
+from coordlib.errors import TooManyLastResources, UsageError, invariant
 from coordlib.txn.branches import Branch
 from coordlib.txn.gtid import BranchName, text_of
 from coordlib.txn.members import LocalMember, Member
@@ -168,7 +168,13 @@ class Transaction:
 
         Raises:
             UsageError: Others have been named before.
+            TooManyLastResources: One of them decides already.
         """
+        if self.decider_tag:
+            raise TooManyLastResources(
+                "two resources of this transaction cannot prepare (SQLite cannot), and only one can decide: give one of "
+                "them a transaction of its own"
+            )
         if self._numbers:
             raise UsageError(
                 "a last resource decides for all branches, and must be the first to be enlisted: enlist it "

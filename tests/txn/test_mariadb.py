@@ -684,3 +684,24 @@ def test_settings_and_privileges_that_are_missing(
     without.open(names.cluster)
     without.close()
     _sql(look, "DROP USER clerk")
+
+
+def test_a_connection_that_was_kept_does_nothing(
+    stock: MariaDB, names: Names, look: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Statements would commit by themselves, and are refused; what gets past that is rolled back, with a warning."""
+    branch = _begin(stock, names)
+    kept = branch.connection
+    branch.rollback()
+    with pytest.raises(pymysql.ProgrammingError, match="given to a transaction, which has ended"):
+        _sql(kept, "INSERT INTO account VALUES ('late', 1)")
+    kept.begin()
+    second = _written(stock, names, "in time")
+    assert second.connection is not kept
+    assert not kept.open
+    second.commit_one_phase()
+    assert _rows(look) == ["in time"]
+    assert [record.event for record in caplog.records if hasattr(record, "event")] == ["transaction.late-use"]
+    third = _begin(stock, names)
+    assert third.connection is second.connection
+    third.rollback()

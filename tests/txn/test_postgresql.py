@@ -379,7 +379,8 @@ def test_a_shorter_limit_of_the_applications_stays(orders: PostgreSQL, names: Na
     connection = branch.connection
     assert connection.execute("SHOW statement_timeout").fetchone() == ("30s",)
     branch.rollback()
-    assert connection.execute("SHOW statement_timeout").fetchone() == ("0",)
+    past_us = psycopg.Cursor(connection)
+    assert past_us.execute("SHOW statement_timeout").fetchone() == ("0",)
     connection.rollback()
     with psycopg.connect(orders._conninfo, options="-c statement_timeout=250") as own:
         enlisted = orders.enlist(own, names.gtid(), names.bqual("orders"), names.remaining_s)
@@ -963,3 +964,26 @@ def test_a_task_that_is_cancelled_while_it_prepares(
     asyncio.run(scenario())
     assert orders.prepared() == []
     assert _rows(look) == []
+
+
+def test_a_connection_that_was_kept_does_nothing(
+    orders: PostgreSQL, names: Names, look: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Statements are refused; what gets past our cursors is rolled back, with a warning, and hits nobody else."""
+    branch = _begin(orders, names)
+    kept = branch.connection
+    branch.rollback()
+    with pytest.raises(psycopg.ProgrammingError, match="given to a transaction, which has ended"):
+        kept.execute("INSERT INTO account VALUES ('late', 1)")
+    psycopg.Cursor(kept).execute("INSERT INTO account VALUES ('late', 1)")
+    second = _written(orders, names, "in time")
+    assert second.connection is not kept
+    assert kept.closed
+    second.commit_one_phase()
+    assert _rows(look) == ["in time"]
+    assert [record.event for record in caplog.records if hasattr(record, "event")] == ["transaction.late-use"]
+    # Nor recovery.
+    psycopg.Cursor(second.connection).execute("INSERT INTO account VALUES ('later', 1)")
+    assert orders.prepared() == []
+    assert second.connection.closed
+    assert _rows(look) == ["in time"]

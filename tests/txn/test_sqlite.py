@@ -357,3 +357,33 @@ def test_each_file_answers_for_itself_whatever_its_name(ledger: SQLite, tmp_path
     with contextlib.closing(SQLite("ledger", ledger._path)) as again:
         again.open(names.cluster)
         assert again.tag == ledger.tag
+
+
+def test_a_connection_that_was_kept_does_nothing(ledger: SQLite, path: Path, names: Names) -> None:
+    """It would commit every statement by itself; the next transaction that has it is not in its way."""
+    branch = _begin(ledger, names)
+    kept = branch.connection
+    branch.rollback()
+    with pytest.raises(sqlite3.ProgrammingError, match="given to a transaction, which has ended"):
+        kept.execute("INSERT INTO entry VALUES ('late')")
+    second = _written(ledger, names)
+    assert second.connection is kept
+    second.commit_one_phase()
+    assert _rows(path) == ["a"]
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK", "PRAGMA synchronous = OFF", "ATTACH 'x' AS y"])
+def test_what_is_refused_says_why(ledger: SQLite, names: Names, statement: str) -> None:
+    branch = _begin(ledger, names)
+    with pytest.raises(
+        sqlite3.DatabaseError, match=r"^not authorized in a transaction of coordlib's: it .* commits"
+    ) as caught:
+        branch.connection.execute(statement)
+    assert caught.value.sqlite_errorcode == sqlite3.SQLITE_AUTH
+    branch.rollback()
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, names: Names) -> None:
+    path = tmp_path / "no such folder" / "ledger.db"
+    with pytest.raises(sqlite3.OperationalError, match=f"^'ledger' at {path}: unable to open database file$"):
+        SQLite("ledger", path).open(names.cluster)

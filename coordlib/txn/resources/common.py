@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -13,6 +14,7 @@ from coordlib.node.polling import Polled, Wait
 from coordlib.txn.gtid import BranchName, resource_tag
 
 __all__ = [
+    "HAS_ENDED",
     "Failures",
     "Flow",
     "IdleConnections",
@@ -22,8 +24,11 @@ __all__ = [
     "missing_driver",
     "polled",
     "run",
+    "warn_of_late_use",
 ]
 
+log = logging.getLogger("coordlib")
+HAS_ENDED: Final = "this connection was given to a transaction, which has ended"
 T = TypeVar("T")
 C = TypeVar("C")
 
@@ -87,6 +92,16 @@ async def arun(flow: Flow[T]) -> T:
 
 def missing_driver(module: str, needs: str, extra: str) -> ImportError:
     return ImportError(f"{module} needs {needs}, which is not installed: pip install 'coordlib[{extra}]'")
+
+
+def warn_of_late_use(name: str) -> None:
+    """An idle connection is in a transaction: somebody has kept it, and worked on it. That must hit nobody else."""
+    log.warning(
+        "a connection to %r was used after the transaction had ended that it was given to; what was done on it is rolled "
+        "back",
+        name,
+        extra={"event": "transaction.late-use"},
+    )
 
 
 class IdleConnections(Generic[C]):

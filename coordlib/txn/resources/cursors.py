@@ -1,5 +1,7 @@
 """psycopg cursors that notice when something may have been written: a guess at no cost, from the tags of the answers.
 
+They also refuse a connection that somebody has kept: it waits for the next transaction.
+
 A SELECT of a function that writes looks like one that does not. Whoever asks must be right with a wrong answer, too.
 """
 
@@ -10,7 +12,9 @@ from typing import Any, Final, Self
 
 import psycopg
 
-__all__ = ["AsyncCursor", "Cursor", "expect_reads", "has_written", "watch"]
+from coordlib.txn.resources.common import HAS_ENDED
+
+__all__ = ["AsyncCursor", "Cursor", "expect_reads", "has_written", "lend", "take_back", "watch"]
 
 _READS: Final = frozenset(
     ("SELECT", "SHOW", "SET", "FETCH", "DECLARE", "CLOSE", "SAVEPOINT", "RELEASE", "EXPLAIN")
@@ -36,6 +40,20 @@ def has_written(connection: Any) -> bool:
     return bool(connection.__dict__.get(_FLAG, True))
 
 
+def take_back(connection: Any) -> None:
+    """It is nobody's until it is lent again."""
+    connection.__dict__[_FLAG] = None
+
+
+def lend(connection: Any) -> None:
+    connection.__dict__.pop(_FLAG, None)
+
+
+def _check_lent(cursor: Any) -> None:
+    if cursor.connection.__dict__.get(_FLAG, True) is None:
+        raise psycopg.ProgrammingError(HAS_ENDED)
+
+
 def _note(cursor: Any) -> None:
     message = cursor.statusmessage  # none: in a pipeline, where it is not known yet
     if message is None or message.partition(" ")[0] not in _READS:
@@ -50,15 +68,18 @@ class Cursor(psycopg.Cursor[Any]):
     """As its parent."""
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
+        _check_lent(self)
         super().execute(query, params, **options)
         _note(self)
         return self
 
     def executemany(self, query: Any, params_seq: Iterable[Any], **options: Any) -> None:
+        _check_lent(self)
         _note_written(self)
         super().executemany(query, params_seq, **options)
 
     def copy(self, *args: Any, **options: Any) -> Any:
+        _check_lent(self)
         _note_written(self)
         return super().copy(*args, **options)
 
@@ -67,14 +88,17 @@ class AsyncCursor(psycopg.AsyncCursor[Any]):
     """As its parent."""
 
     async def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
+        _check_lent(self)
         await super().execute(query, params, **options)
         _note(self)
         return self
 
     async def executemany(self, query: Any, params_seq: Iterable[Any], **options: Any) -> None:
+        _check_lent(self)
         _note_written(self)
         await super().executemany(query, params_seq, **options)
 
     def copy(self, *args: Any, **options: Any) -> Any:
+        _check_lent(self)
         _note_written(self)
         return super().copy(*args, **options)

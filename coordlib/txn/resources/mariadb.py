@@ -28,7 +28,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeVar
 
 from coordlib.errors import ConfigError, FlavourError, UsageError, invariant
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, BranchUnknown, Finish, PreparedBranch, Vote
@@ -43,11 +43,13 @@ from coordlib.txn.gtid import (
     text_of,
 )
 from coordlib.txn.resources.common import (
+    HAS_ENDED,
     Failures,
     IdleConnections,
     ResourceBase,
     ResourceBusy,
     missing_driver,
+    warn_of_late_use,
 )
 from coordlib.txn.resources.watchdog import GRACE_SECONDS, watchdog
 
@@ -171,7 +173,7 @@ class MariaDB(ResourceBase):
             _close(connection)
             raise
         self._cluster = cluster
-        self._idle.give(connection)
+        self._give(connection)
 
     def _check(self, connection: _Connection) -> None:
         version, flushes, database = _row(
@@ -240,11 +242,14 @@ class MariaDB(ResourceBase):
             pymysql.OperationalError: No connection.
         """
         self.check_bqual(bqual)
-        while (idle := self._idle.take()) is not None:
+        while (idle := self._take()) is not None:
             try:
                 return MariaDBBranch(self, idle, gtid, bqual, remaining_s, is_ours=True)
             except pymysql.MySQLError:
                 _close(idle)  # it had been closed by the server while it was idle; nothing has happened on it
+            except UsageError:
+                warn_of_late_use(self.name)
+                _close(idle)
             except BaseException:
                 _close(idle)
                 raise
@@ -362,9 +367,20 @@ class MariaDB(ResourceBase):
             raise
         return connection
 
+    def _give(self, connection: _Connection) -> None:
+        # Somebody may have kept it: a statement would commit by itself.
+        connection.query = _refuse  # type: ignore[method-assign]
+        self._idle.give(connection)
+
+    def _take(self) -> _Connection | None:
+        connection = self._idle.take()
+        if connection is not None:
+            connection.__dict__.pop("query", None)
+        return connection
+
     def _with_connection(self, work: Callable[[_Connection], T]) -> T:
         """Work on an idle connection, or on a fresh one; what an idle one cannot do any more, a fresh one does."""
-        idle = self._idle.take()
+        idle = self._take()
         if idle is not None:
             try:
                 result = _watched(idle, work)
@@ -374,7 +390,7 @@ class MariaDB(ResourceBase):
                 _close(idle)
                 raise
             else:
-                self._idle.give(idle)
+                self._give(idle)
                 return result
         connection = self._connect()
         try:
@@ -382,7 +398,7 @@ class MariaDB(ResourceBase):
         except BaseException:
             _close(connection)
             raise
-        self._idle.give(connection)
+        self._give(connection)
         return result
 
 
@@ -625,12 +641,16 @@ class MariaDBBranch:
         if self._is_ours:
             self._is_ours = False
             if self._connection.open:
-                self._resource._idle.give(self._connection)
+                self._resource._give(self._connection)
 
 
 _READS: Final = re.compile(
     r"\s*(?:SELECT|SHOW|SET|EXPLAIN|DESC|DESCRIBE|VALUES|SAVEPOINT|RELEASE)\b", re.IGNORECASE
 )
+
+
+def _refuse(sql: str | bytes, unbuffered: bool = False) -> NoReturn:
+    raise pymysql.ProgrammingError(HAS_ENDED)
 
 
 class _Watch:

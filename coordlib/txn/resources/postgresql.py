@@ -38,6 +38,7 @@ from coordlib.txn.resources.common import (
     arun,
     missing_driver,
     polled,
+    warn_of_late_use,
 )
 
 try:
@@ -199,7 +200,7 @@ class PostgreSQL(ResourceBase):
             connection.close()
             raise
         self._cluster = cluster
-        self._idle.give(connection)
+        self._give(connection)
 
     def close(self) -> None:
         """Close the idle connections. Branches that are under way keep theirs."""
@@ -228,6 +229,9 @@ class PostgreSQL(ResourceBase):
         """
         self.check_bqual(bqual)
         while (idle := self._idle.take()) is not None:
+            if self._was_used_late(idle):
+                idle.close()
+                continue
             branch = PostgreSQLBranch(self, idle, gtid, bqual, remaining_s, is_ours=True)
             try:
                 run(branch._begin_gen())
@@ -256,6 +260,9 @@ class PostgreSQL(ResourceBase):
                 "connection of yours with using=..."
             )
         while (idle := self._async_idle.take(asyncio.get_running_loop())) is not None:
+            if self._was_used_late(idle):
+                await idle.close()
+                continue
             branch = AsyncPostgreSQLBranch(self, idle, gtid, bqual, remaining_s, is_ours=True)
             try:
                 await arun(branch._begin_gen())
@@ -376,10 +383,20 @@ class PostgreSQL(ResourceBase):
                 raise
         return connection
 
+    def _was_used_late(self, idle: _Anyhow) -> bool:
+        """Past its cursors, which refuse that. If not, it is lent."""
+        if idle.closed or idle.pgconn.transaction_status == TransactionStatus.IDLE:
+            cursors.lend(idle)
+            return False
+        warn_of_late_use(self.name)
+        return True
+
     def _with_connection(self, work: Callable[[psycopg.Connection[Any]], Any]) -> Any:
         """Work on an idle connection, or on a fresh one; what an idle one cannot do any more, a fresh one does."""
         idle = self._idle.take()
-        if idle is not None:
+        if idle is not None and self._was_used_late(idle):
+            idle.close()
+        elif idle is not None:
             try:
                 result = _watched(idle, work)
             except psycopg.OperationalError:
@@ -403,12 +420,14 @@ class PostgreSQL(ResourceBase):
         if _settle(connection):
             if connection.pgconn.transaction_status == TransactionStatus.INTRANS:
                 connection.rollback()
+            cursors.take_back(connection)
             self._idle.give(connection)
         else:
             connection.close()
 
     def _agive(self, connection: psycopg.AsyncConnection[Any], loop: object) -> None:
         if _settle(connection) and connection.info.transaction_status is TransactionStatus.IDLE:
+            cursors.take_back(connection)
             self._async_idle.give(connection, loop)
         else:
             _drop(connection)

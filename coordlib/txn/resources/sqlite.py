@@ -30,7 +30,7 @@ from typing import Any, Final
 from coordlib.errors import ConfigError, UsageError, invariant
 from coordlib.txn.branches import BranchFailed, BranchUnknown, Finish, PreparedBranch, Vote
 from coordlib.txn.gtid import resource_tag, text_of
-from coordlib.txn.resources.common import Failures, IdleConnections, ResourceBase
+from coordlib.txn.resources.common import HAS_ENDED, Failures, IdleConnections, ResourceBase
 
 __all__ = ["MARKER_TABLE", "SQLite", "SQLiteBranch"]
 
@@ -41,6 +41,11 @@ _IDENTITY_SIZE: Final = 8
 _FULL: Final = 2
 _EXTRA: Final = 3
 _FORGET_AT: Final = 100  # markers that are removed at the latest then; else with the next decision
+_NOT_AUTHORIZED: Final = "not authorized"
+_WHY_NOT: Final = (
+    "in a transaction of coordlib's: it begins, commits and rolls back by itself, attaches no files and stays as durable as "
+    "it is"
+)
 _BUSY_CODES: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _PRAGMAS_REFUSED: Final = frozenset(
     ("journal_mode", "synchronous", "fullfsync", "locking_mode", "writable_schema", "journal_size_limit")
@@ -52,6 +57,7 @@ class _Connection(sqlite3.Connection):
 
     failures: Failures
     is_open_to_all = True
+    is_lent = False  # to a transaction, until that ends
 
     def authorize(self, action: int, argument: str | None, value: str | None, *_: str | None) -> int:
         if self.is_open_to_all:
@@ -101,9 +107,13 @@ class _Cursor(sqlite3.Cursor):
     def _watched(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         connection = self.connection
         assert isinstance(connection, _Connection)
+        if not (connection.is_lent or connection.is_open_to_all):
+            raise sqlite3.ProgrammingError(HAS_ENDED)
         try:
             result = work(*arguments)
         except sqlite3.Error as exc:
+            if str(exc) == _NOT_AUTHORIZED:
+                exc.args = (f"{exc} {_WHY_NOT}",)
             connection.failures.note(exc)
             raise
         if arguments and isinstance(arguments[0], str):
@@ -276,15 +286,19 @@ class SQLite(ResourceBase):
         self._idle.give(connection)
 
     def _connect(self) -> _Connection:
-        connection = sqlite3.connect(
-            self._path,
-            timeout=self._timeout,
-            isolation_level=None,
-            # Commit runs where the decision is waited for; branches are used by one thread at a time.
-            check_same_thread=False,
-            factory=_Connection,
-            uri=self._path.startswith("file:"),
-        )
+        try:
+            connection = sqlite3.connect(
+                self._path,
+                timeout=self._timeout,
+                isolation_level=None,
+                # Commit runs where the decision is waited for; branches are used by one thread at a time.
+                check_same_thread=False,
+                factory=_Connection,
+                uri=self._path.startswith("file:"),
+            )
+        except sqlite3.OperationalError as exc:
+            exc.args = (f"{self.name!r} at {self._path}: {exc}",)
+            raise
         try:
             connection.failures = Failures()
             if sys.platform == "darwin":
@@ -352,6 +366,7 @@ class SQLiteBranch:
         self._remaining_s = remaining_s
         self._state = "active"  # ended
         connection.failures = Failures()
+        connection.is_lent = True
         with connection.opened():
             self._limit_waiting()
             # At once for writing: who has read first may find that others have written since, and could only give up.
@@ -440,6 +455,7 @@ class SQLiteBranch:
         self._state = "ended"
         connection = self._connection
         connection.row_factory = None
+        connection.is_lent = False
         self._resource._idle.give(connection)
 
 
