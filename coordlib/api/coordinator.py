@@ -39,7 +39,8 @@ SEARCH_AGAIN_MS: Final = 2_000
 
 LOOK_EVERY_SECONDS: Final = 1.0
 FORGET_BATCH_MAX: Final = 512
-FORGET_EVERY_MS: Final = 100
+FORGET_EVERY_MS: Final = 500
+"""Every entry costs each member as much as a decision does. What is not forgotten when this process dies is swept by others."""
 LEFT_MAX: Final = 10_000
 """Transactions left to be finished at once; more are left to searches of the resources, which find them, too."""
 
