@@ -70,10 +70,22 @@ def pages_gen(name: bytes, *, keys_only: bool, deadline_ms: int) -> OpGen[tuple[
 
 
 class Overlay:
-    """One transaction's view of the maps. For one thread or task at a time."""
+    """
+    One transaction's view of the maps. For one thread or task at a time.
 
-    def __init__(self, *, is_read_only: bool, is_serializable: bool) -> None:
+    Args:
+        why_read_only: What is said to who writes, if it is read only.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_read_only: bool,
+        is_serializable: bool,
+        why_read_only: str = "this transaction was begun with read_only=True, and cannot write",
+    ) -> None:
         self.is_read_only = is_read_only
+        self._why_read_only = why_read_only
         self._is_serializable = is_serializable
         self._pin: int | None = None
         self._reads: dict[Place, tuple[bytes | None, int]] = {}  # as stored, and the revision
@@ -175,7 +187,7 @@ class Overlay:
         """None: remove it."""
         self.check_open()
         if self.is_read_only:
-            raise UsageError("this transaction was begun with read_only=True, and cannot write")
+            raise UsageError(self._why_read_only)
         if guard is not None:
             self._guards[guard] = None
         self._writes.pop((name, key), None)

@@ -81,6 +81,10 @@ WAITING_MAX: Final = 1024
 RETRY_SECONDS: Final = 0.02
 REGISTER_AGAIN_SECONDS: Final = 0.5
 CLOSE_SECONDS: Final = 1.0
+_NO_CHANGES: Final = (
+    "a service that takes part in a transaction cannot change maps in it: let its caller do it, and keep what is the "
+    "service's own in its database or its journal"
+)
 _OWN: Final = frozenset(("prepare", "restore", "commit", "abort"))
 
 
@@ -508,7 +512,7 @@ class Host:
             bqual = work.name_branch(hosted.resource.tag)
             work.enlist(JournalBranch(hosted.resource, work.gtid, bqual, work.deadline_ms, joined))
         # Changes of maps would have to travel to the initiator: they are refused, not made at once.
-        overlay = Overlay(is_read_only=True, is_serializable=True)
+        overlay = Overlay(is_read_only=True, is_serializable=True, why_read_only=_NO_CHANGES)
         tokens = _current.set(joined), current_overlay.set(Enclosing(self._handle, overlay, None))
         try:
             return self._run(hosted, operation, payload)

@@ -396,6 +396,12 @@ class JournalBranch:
             raise BranchFailed(f"service {self._journal.service!r} refused: {error}") from error
         if redo is None:
             return Vote.READ_ONLY
+        if type(redo) is not bytes:
+            self._journal.handler.abort(redo)
+            raise BranchFailed(
+                f"prepare() of service {self._journal.service!r} returned a {type(redo).__name__}: it returns bytes, which "
+                "commit() and abort() are given, or None if nothing was changed"
+            )
         self._reserved = redo
         name = BranchName.unpack(self.bqual)
         invariant(name is not None, "a branch whose name is none: %s", self.bqual.hex())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import coordlib
-from coordlib.errors import ServiceError, TooManyLastResources, UsageError
+from coordlib.errors import ServiceError, TooManyLastResources, TransactionAborted, UsageError
 from coordlib.txn.resources import SQLite
 from tests.api.test_transactions import Store
 
@@ -79,3 +79,50 @@ def test_an_operation_that_is_not_there_is_answered_with_those_that_are(cluster:
     cluster.participant("inventory")(Inventory())
     with pytest.raises(ServiceError, match="has no operation 'reserv'; it has 'count', 'reserve'"):
         cluster.service("inventory").reserv()
+
+
+def test_a_service_that_changes_a_map_is_told_to_leave_it_to_its_caller(cluster: coordlib.Cluster) -> None:
+    """It has not begun any transaction as read only."""
+
+    class Inventory:
+        def reserve(self) -> None:
+            cluster.map("stock")["sku-1"] = 1
+
+    cluster.participant("inventory")(Inventory())
+    with (
+        pytest.raises(ServiceError, match=r"cannot change maps in it: let its caller do it"),
+        cluster.transaction(),
+    ):
+        cluster.service("inventory").reserve()
+
+
+def test_a_promise_of_the_wrong_type_is_a_no(cluster: coordlib.Cluster) -> None:
+    """What was reserved for it is let go of; else it would come back from the journal as something else."""
+    aborted: list[object] = []
+
+    class Inventory:
+        def reserve(self) -> None:
+            with cluster.transaction() as tx:
+                tx.notes["wanted"] = 1
+
+        def prepare(self, tx: Any) -> Any:
+            return "one"
+
+        def restore(self, redo: bytes) -> None: ...
+
+        def commit(self, redo: bytes) -> None: ...
+
+        def abort(self, redo: bytes) -> None:
+            aborted.append(redo)
+
+    cluster.participant("inventory")(Inventory())
+    with (
+        pytest.raises(
+            TransactionAborted, match=r"prepare\(\) of service 'inventory' returned a str: it returns bytes"
+        ),
+        cluster.transaction(),
+    ):
+        cluster.service("inventory").reserve()
+        cluster.map("orders")["o-1"] = "placed"
+    assert aborted == ["one"]
+    assert "o-1" not in cluster.map("orders")

@@ -70,6 +70,11 @@ MARKER_TABLE: Final = "coordlib_tx"
 
 _VERSION_MIN: Final = (10, 5)
 _NOTA: Final = 1397  # XAER_NOTA: no such XID, or another connection's
+_RMFAIL: Final = 1399  # XAER_RMFAIL: not in a transaction of this kind
+_LEAVE_IT: Final = (
+    "leave BEGIN, COMMIT and ROLLBACK to the block that enlisted it, and do outside of it what commits by itself, as "
+    "CREATE does"
+)
 _NO_TABLE: Final = ER.NO_SUCH_TABLE
 _LOCK_WAIT: Final = ER.LOCK_WAIT_TIMEOUT
 _DEADLOCK: Final = ER.LOCK_DEADLOCK
@@ -686,6 +691,8 @@ class _Watch:
         try:
             result = self._query(sql, unbuffered)
         except pymysql.MySQLError as exc:
+            if _code(exc) == _RMFAIL:
+                exc.args = (_RMFAIL, f"{_text(exc)}: {_LEAVE_IT}")
             self._failures.note(exc)
             raise
         text = sql.decode("latin-1") if isinstance(sql, bytes | bytearray) else sql

@@ -436,7 +436,8 @@ class PostgreSQL(ResourceBase):
 _PROBLEMS: Final[dict[int, str]] = {
     TransactionStatus.INERROR: "a statement failed in it, though its error went no further; to go on after an "
     "error, have the statement in a savepoint (`with connection.transaction():`)",
-    TransactionStatus.IDLE: "the application ended the transaction itself; that is for the transaction to do",
+    TransactionStatus.IDLE: "the application ended the transaction itself, and what it has committed so stays; "
+    "leave COMMIT and ROLLBACK to the block that enlisted it",
     TransactionStatus.ACTIVE: "a statement is still running on its connection",
     TransactionStatus.UNKNOWN: "its connection is lost",
 }
@@ -573,7 +574,10 @@ class _Branch:
             if mark == self._mark:
                 assert timeline is not None
                 return None if xid is None else _Evidence(int(xid), self._system, int(timeline, 16))
-            problem = "the application ended the transaction itself and began another one on its connection"
+            problem = (
+                "the application ended the transaction itself and began another one on its connection; what it has committed "
+                "so stays. Leave COMMIT and ROLLBACK to the block that enlisted it"
+            )
         yield from self._undo_gen()
         raise BranchFailed(f"the branch in {name!r} is rolled back: {problem}")
 
