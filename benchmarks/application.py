@@ -22,6 +22,10 @@ import coordlib
 from benchmarks.load import MAP as LOAD_MAP
 from benchmarks.load import Load
 from coordlib.errors import CoordError
+from coordlib.machine import commands
+from coordlib.node.clock import monotonic_ms
+from coordlib.node.operations import OpGen, Step
+from coordlib.wire.messages import RequestKind
 
 __all__: list[str] = []
 
@@ -253,6 +257,21 @@ class _ThreadApplication:
         """What the maps of `benchmarks.tellers` hold, and what the log has pending."""
         transfers = dict(self._cluster.map("transfers").items())
         return {"transfers": transfers, "balances": dict(self._cluster.map("balances").items())}
+
+    def pending(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Who has not obeyed, as text: (resource, node, branch) by transaction."""
+
+        def ask() -> OpGen[bytes]:
+            return (
+                yield Step(RequestKind.QUERY, commands.query_tx_list(None, 100, True), monotonic_ms() + 5000)
+            )
+
+        rows = commands.decode_reply(self._cluster._run(ask()))[0]
+        who = self._cluster._coordinator.who
+        return {
+            "who": who,
+            "pending": {gtid.hex(): [[r, n, b.hex()] for r, n, b in branches] for gtid, *_, branches in rows},
+        }
 
     def put_in_transaction(self, request: dict[str, Any]) -> dict[str, Any]:
         """As `put`, each in a transaction of its own."""

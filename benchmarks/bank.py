@@ -1,9 +1,10 @@
-"""`make bank`: transfers between two databases, a service and replicated maps, while everything is killed at random.
+"""`make bank`: transfers between two databases, a service and replicated maps, while everything is killed and cut at random.
 
 Three members and two clients have tellers (`benchmarks.tellers`), and each hosts a vault. Killed with -9, and started
 again: applications (so initiators, participants and members, the leader often, now and then two at once) and database
-servers. At the end all is brought back, and when nothing is in doubt any more, every single transfer is looked at in every
-store, and held against the tellers' notes.
+servers. Cut for some seconds: a member from the others, an application from a database. At the end all is brought back,
+and when nothing is in doubt any more, every single transfer is looked at in every store, and held against the tellers'
+notes.
 
     python -m benchmarks.bank [--minutes M] [--seed N] [--dir PATH]
 """
@@ -27,14 +28,17 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import machine, quantile
+from benchmarks.links import Links
 from benchmarks.processes import Application, Fleet
 from benchmarks.tellers import create_accounts
 
 __all__ = ["main", "prove"]
 
 SESSION_TTL_SECONDS: Final = 3.0
-CLIENTS: Final = 2
+MEMBERS: Final = ("n1", "n2", "n3")
+TELLERS: Final = ("teller-0", "teller-1")
 SETTLE_SECONDS: Final = 60.0
+CUT_SECONDS_MAX: Final = 6.0
 HELD_SECONDS_MAX: Final = 30.0
 """How long a branch may stay prepared in a database that is up. docs/transactions.md has the parts: session TTL, searches."""
 
@@ -117,21 +121,25 @@ class _Held:
 
 
 class _Killing:
-    def __init__(self, fleet: Fleet, servers: Mapping[str, Any], scratch: str, seed: int) -> None:
+    def __init__(
+        self, fleet: Fleet, links: Links, servers: Mapping[str, Any], scratch: str, seed: int
+    ) -> None:
         self._fleet = fleet
+        self._links = links
         self._servers = servers
         self._scratch = scratch
         self._chance = random.Random(seed)
         self._seed = seed
         self._clients: dict[str, Application] = {}
         self.kills: Counter[str] = Counter()
+        self.cuts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
         self.waits: list[float] = []
         for name, member in fleet.members.items():
             self._open(name, member)
-        for number in range(CLIENTS):
-            self._start_client(f"teller-{number}")
+        for name in TELLERS:
+            self._start_client(name)
 
     def _start_client(self, name: str) -> None:
         client = self._clients[name] = self._fleet.client()
@@ -140,7 +148,12 @@ class _Killing:
     def _open(self, name: str, application: Application) -> None:
         self._seed += 1
         arguments = {
-            "dsns": {name: server.dsn() for name, server in self._servers.items()},
+            "dsns": {
+                store: server.dsn().replace(
+                    str(server.directory), os.path.dirname(self._links.socket(name, store))
+                )
+                for store, server in self._servers.items()
+            },
             "notes": os.path.join(self._scratch, "notes"),
             "name": name,
             "seed": self._seed,
@@ -151,8 +164,12 @@ class _Killing:
     def strike(self) -> None:
         chance = self._chance
         sleep(chance.uniform(0.3, 3.0))
-        kind = chance.choice(("member", "member", "leader", "client", "client", "database", "members"))
-        if kind == "database":
+        kind = chance.choice(
+            ("member", "member", "leader", "client", "client", "database", "members", "cut", "cut", "cut")
+        )
+        if kind == "cut":
+            self._cut()
+        elif kind == "database":
             server = self._servers[chance.choice(sorted(self._servers))]
             server.kill()
             self.kills[kind] += 1
@@ -178,6 +195,20 @@ class _Killing:
             for victim in victims:
                 self._fleet.members[victim].answer()
                 self._open(victim, self._fleet.members[victim])
+
+    def _cut(self) -> None:
+        chance = self._chance
+        if chance.random() < 0.5:
+            one = chance.choice(MEMBERS)
+            others = [name for name in MEMBERS if name != one]
+        else:
+            one, others = chance.choice((*MEMBERS, *TELLERS)), [chance.choice(sorted(self._servers))]
+        kind = "member" if one in MEMBERS and others[0] in MEMBERS else "database"
+        both = [(one, other) for other in others], [(other, one) for other in others]
+        # One direction alone: what was asked for is done, and the answer is lost.
+        self._links.cut(chance.choice((both[0], both[1], both[0] + both[1])))
+        sleep(chance.uniform(0.1, CUT_SECONDS_MAX))
+        self.cuts[kind] += bool(self._links.heal().number)
 
     def finish(self) -> None:
         """Stop all tellers."""
@@ -209,7 +240,7 @@ class _Killing:
         for name, member in self._fleet.members.items():
             pending = member.do("stats")["transactions"]["pending"]
             if pending:
-                left.append(f"{name} has {pending} transactions pending")
+                left.append(f"{name} has {pending} transactions pending: {member.do('pending')}")
         return left
 
     def stores(self) -> dict[str, dict[str, int]]:
@@ -282,15 +313,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.mkdir(os.path.join(scratch, "notes"))
         for server in servers.values():
             create_accounts(server.dsn())
-        with Fleet(scratch, members=3, session_ttl=SESSION_TTL_SECONDS) as fleet:
-            killing = _Killing(fleet, servers, scratch, seed)
+        sockets = {name: str(server.socket) for name, server in servers.items()}
+        with (
+            Links(MEMBERS, TELLERS, sockets) as links,
+            Fleet(scratch, members=len(MEMBERS), session_ttl=SESSION_TTL_SECONDS, links=links) as fleet,
+        ):
+            killing = _Killing(fleet, links, servers, scratch, seed)
             held = _Held({name: server.dsn() for name, server in servers.items()})
             shown = 0
             while monotonic() - began < options.minutes * 60:
                 killing.strike()
                 if killing.kills.total() // 10 > shown:
                     shown = killing.kills.total() // 10
-                    print(f"{monotonic() - began:6.0f} s  {dict(sorted(killing.kills.items()))}", flush=True)
+                    struck = {**killing.kills, **{f"cut {kind}": n for kind, n in killing.cuts.items()}}
+                    print(f"{monotonic() - began:6.0f} s  {dict(sorted(struck.items()))}", flush=True)
             killing.finish()
             violations = [f"in doubt at the end: {one}" for one in killing.settle()]
             held.stop()
@@ -308,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "minutes": round((monotonic() - began) / 60, 1),
         "seed": seed,
         "kills": dict(sorted(killing.kills.items())),
+        "cuts": dict(sorted(killing.cuts.items())),
         **looked_at,
         "wait_p50_s": round(quantile(killing.waits, 0.5), 4),
         "wait_p99_s": round(quantile(killing.waits, 0.99), 3),
@@ -317,7 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "violations": len(violations),
     }
     print(
-        f"{killing.kills.total()} kills, {looked_at['begun']} transfers, {looked_at['done']} acknowledged: "
+        f"{killing.kills.total()} kills, {killing.cuts.total()} cuts, {looked_at['begun']} transfers, "
+        f"{looked_at['done']} acknowledged: "
         f"{len(violations)} violations; the longest that a branch was prepared: {held.longest_s:.1f} s"
     )
     print(json.dumps({"machine": machine(), "bank": result}), flush=True)
