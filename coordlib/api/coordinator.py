@@ -48,6 +48,7 @@ LATER_MAX: Final = 32
 SESSION_PAUSE_SECONDS: Final = 0.02
 TELLERS: Final = 8
 HELPERS: Final = 8
+FINISHERS: Final = 8
 
 
 def decider_service(tag: bytes) -> str:
@@ -90,6 +91,8 @@ class Coordinator:
         # Apart: telling what is decided must not wait for what cannot be reached.
         self._tellers = Crew("coordlib-transactions-tell", TELLERS)
         self._helpers = Crew("coordlib-transactions-help", HELPERS)
+        # Who tells one that is away tries for a minute and a half: nobody in doubt must wait for that.
+        self._finishers = Crew("coordlib-transactions-finish", FINISHERS)
         self._forgotten: list[tuple[bytes, bytes]] = []
         self._forget_at = 0
         self._is_forgetting = False
@@ -205,7 +208,7 @@ class Coordinator:
         oldest_ms = min(map(mint_ms_of, waiting), default=0)
         return {
             "live": live,
-            "backlog": self._tellers.backlog + self._helpers.backlog,
+            "backlog": self._tellers.backlog + self._helpers.backlog + self._finishers.backlog,
             "in_doubt": len(waiting),
             "in_doubt_oldest_ms": max(0, self._estimate_ms() - oldest_ms) if waiting else 0,
             "counters": dict(sorted(self.counters.copy().items())),
@@ -250,10 +253,10 @@ class Coordinator:
     def finish_later(self, unfinished: Unfinished) -> None:
         """Have it finished in the background. Until that is done, searches of the resources leave it alone."""
         with self._lock:
-            if self._is_closed or self._helpers.backlog >= LEFT_MAX:
+            if self._is_closed or self._finishers.backlog >= LEFT_MAX:
                 return
             self._live[unfinished.gtid] = self._live.get(unfinished.gtid, 0) + 1
-        self._helpers.submit(lambda: self._finish(unfinished))
+        self._finishers.submit(lambda: self._finish(unfinished))
 
     # -- the agent
 
@@ -316,7 +319,7 @@ class Coordinator:
             self._is_closed = True
             thread, self._thread = self._thread, None
         self._wake.set()
-        for crew in (self._tellers, self._helpers):
+        for crew in (self._tellers, self._helpers, self._finishers):
             crew.close(max(0, deadline - monotonic_ms()) / 1000)
         if thread is not None and thread is not threading.current_thread():
             thread.join(max(0, deadline - monotonic_ms()) / 1000)

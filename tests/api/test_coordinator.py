@@ -10,16 +10,20 @@ from typing import Any, cast
 import pytest
 
 import coordlib
+from coordlib.api.coordinator import FINISHERS, HELPERS
 from coordlib.errors import NoQuorum
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
-from coordlib.node.operations import FOREVER_MS, OpGen, Step
+from coordlib.node.operations import FOREVER_MS, Do, OpGen, Step
 from coordlib.txn.branches import Finish, PreparedBranch
+from coordlib.txn.commit import Unfinished
 from coordlib.txn.gtid import BranchName, join_gtid, node_tag, resource_tag, session_of
 from coordlib.txn.journal import Handler, JournalResource, SqliteJournal
+from coordlib.txn.members import Ending, Member
 from coordlib.wire.messages import RequestKind
 
+LEFT = HELPERS + FINISHERS
 GONE = 1 << 40  # no session has this number
 
 
@@ -170,3 +174,34 @@ def test_without_a_session_no_transaction_gets_a_name(log: Log) -> None:
     coordinator.request_timeout_ms = 0
     with pytest.raises(NoQuorum, match="no session"):
         log.cluster._run(coordinator.name_gen())
+
+
+def test_who_is_away_holds_up_no_search(log: Log) -> None:
+    """As many as there are to tell them wait for members that do not answer: what is in doubt is looked for all the same."""
+    coordinator = log.cluster._coordinator
+    is_over, was_searched = threading.Event(), threading.Event()
+
+    class Away:
+        is_remote = True
+        participants = (("service:away", "n", b"x"),)
+
+        def finish(self, commit: bool, deadline_ms: int) -> Do:
+            return Do(is_over.wait)
+
+        def read_ending(self, commit: bool, outcome: object) -> Ending:
+            return Ending(True)
+
+    class Searched(Store):
+        def prepared(self) -> list[PreparedBranch]:
+            was_searched.set()
+            return []
+
+    for number in range(LEFT):
+        unfinished = Unfinished(join_gtid(log.now_ms, GONE, number), True, (cast(Member, Away()),))
+        coordinator.finish_later(unfinished)
+    try:
+        coordinator.register(Searched("stock"))
+        assert was_searched.wait(30)
+        assert coordinator.stats()["backlog"] >= LEFT
+    finally:
+        is_over.set()
