@@ -43,7 +43,7 @@ from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import Engine, OpGen, Step, arun, run
 from coordlib.txn.branches import Branch
-from coordlib.txn.commit import abort_gen, commit_gen, finish_gen
+from coordlib.txn.commit import abort_gen, commit_gen, finish_gen, leave
 from coordlib.txn.gtid import node_tag
 from coordlib.txn.members import LocalMember
 from coordlib.txn.service import RemoteMember
@@ -448,6 +448,15 @@ class _TransactionBase:
         finally:
             self._coordinator.ended(record.gtid)
 
+    def _hand_over(self) -> None:
+        """Interrupted: those who have promised, and whom nobody is telling, are told in the background."""
+        record = self._record
+        assert record is not None
+        if record.state is State.COMMITTED:
+            leave(record, self._coordinator.context)
+        if record.gtid and record.outcome is not None:
+            self._coordinator.ended(record.gtid)
+
     @property
     def _has_to_be_told(self) -> bool:
         """Whether those who promised are told behind the caller's back."""
@@ -543,10 +552,11 @@ class Transaction(_TransactionBase):
                     self._cluster._engine  # noqa: B018  # raises if the handle was closed meanwhile
                     for hook in self._hooks["before_commit"]:
                         hook()
+                    self._commit()
                 except BaseException:
-                    self._roll_back()
+                    if not self.has_ended:  # an interrupt may come before the commit has begun
+                        self._roll_back()
                     raise
-                self._commit()
             else:
                 self._roll_back()
         finally:
@@ -599,6 +609,9 @@ class Transaction(_TransactionBase):
                 if not self._coordinator.later(finish):
                     # Decisions are made faster than they are carried out: whoever makes them carries out, too.
                     run(self._last_engine, finish)
+        except BaseException:
+            self._hand_over()
+            raise
         finally:
             self._call_hooks(self._when_ended())
 
@@ -679,10 +692,11 @@ class AsyncTransaction(_TransactionBase):
                         found = hook()
                         if inspect.isawaitable(found):
                             await found
+                    await self._commit()
                 except BaseException:
-                    await self._roll_back()
+                    if not self.has_ended:  # cancelled before the commit has begun
+                        await self._roll_back()
                     raise
-                await self._commit()
             else:
                 await self._roll_back()
         finally:
@@ -722,6 +736,9 @@ class AsyncTransaction(_TransactionBase):
             await arun(self._last_engine, self._commit_gen())
             if self._has_to_be_told:
                 self._cluster._background(self._finish_gen())
+        except BaseException:
+            self._hand_over()
+            raise
         finally:
             await self._call_hooks(self._when_ended())
 

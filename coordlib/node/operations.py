@@ -297,16 +297,16 @@ def _run_own(engine: Engine, operation: Do | Together) -> Any:
         calls.append((place, each, call))
     # What is polled shares this thread; of the rest one has it, if there is nothing to be polled.
     polled: dict[int, Polled[Any]] = {}
-    for place, do in own if len(own) > 1 else ():
-        if do.polled is not None and (begun := do.polled()) is not None:
-            polled[place] = begun
-    blocking = [(place, do) for place, do in own if place not in polled]
-    here = [] if polled else blocking[:1]
-    helped = [
-        _helpers.submit(functools.partial(_do, do, place, outcomes)) for place, do in blocking[len(here) :]
-    ]
+    helped: list[threading.Lock] = []
     interrupt: BaseException | None = None
     try:
+        for place, do in own if len(own) > 1 else ():
+            if do.polled is not None and (begun := do.polled()) is not None:
+                polled[place] = begun
+        blocking = [(place, do) for place, do in own if place not in polled]
+        here = [] if polled else blocking[:1]
+        for place, do in blocking[len(here) :]:
+            helped.append(_helpers.submit(functools.partial(_do, do, place, outcomes)))
         for place, do in here:
             _do(do, place, outcomes)
         if polled:

@@ -44,7 +44,7 @@ from coordlib.txn.members import Ballot, LocalMember, Member, obeyed
 from coordlib.txn.transaction import Decided, State, Transaction
 from coordlib.wire.messages import RequestKind
 
-__all__ = ["Context", "Counters", "Unfinished", "abort_gen", "commit_gen", "finish_gen"]
+__all__ = ["Context", "Counters", "Unfinished", "abort_gen", "commit_gen", "finish_gen", "leave"]
 
 GRACE_MS: Final = 2000
 """How long an answer to the decision is waited for beyond the deadline, and again for the resolution."""
@@ -145,7 +145,7 @@ def commit_gen(tx: Transaction, context: Context, *, until_applied: bool = True)
         decided = yield from _commit_gen(tx, context, until_applied)
     except GeneratorExit:
         # Nobody runs this any more, so that nothing can be waited for.
-        _leave(tx, context)
+        leave(tx, context)
         raise
     except BaseException as error:
         _count_failure(context, error)
@@ -157,7 +157,7 @@ def commit_gen(tx: Transaction, context: Context, *, until_applied: bool = True)
             except HeuristicOutcome:
                 pass  # must not hide what is on its way; `coordlib tx` shows it
         elif tx.state in (State.DECIDING, State.ONE_PHASE):
-            _leave(tx, context)
+            leave(tx, context)
         raise
     context.count("committed")
     return decided
@@ -347,7 +347,7 @@ def _resolve_gen(tx: Transaction, context: Context, cause: CoordError) -> OpGen[
         reply = yield Step(RequestKind.COMMAND, commands.tx_resolve(tx.gtid), by)
     except CoordError as error:
         tx.become(State.UNKNOWN)
-        _leave(tx, context)
+        leave(tx, context)
         raise _unknown(tx, "the cluster did not answer in time whether it is decided", error) from cause
     try:
         return _read_decision(tx, reply)
@@ -375,7 +375,7 @@ def _commit_by_last_resource_gen(
             is_committed = yield Do(lambda: decider.outcome(tx.gtid))
         except Exception as error:
             tx.become(State.UNKNOWN)
-            _leave(tx, context)
+            leave(tx, context)
             raise _unknown(
                 tx, f"the last resource cannot be asked whether it committed ({error})", error
             ) from error
@@ -571,7 +571,7 @@ def _report_heuristics_gen(
     )
 
 
-def _leave(tx: Transaction, context: Context) -> None:
+def leave(tx: Transaction, context: Context) -> None:
     """Give what is left to recovery, without doing anything that could take time."""
     if tx.state in (State.ACTIVE, State.PREPARING):
         tx.become(State.ABORTED)

@@ -551,3 +551,42 @@ def test_a_task_that_is_cancelled_while_it_enlists_leaves_no_branch() -> None:
             assert slow.log == ["rollback"]
 
     asyncio.run(check())
+
+
+def test_an_interrupt_before_the_commit_begins_rolls_back(
+    cluster: coordlib.Cluster, stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block was over, nothing was asked: the databases are not left in their transactions."""
+    heard: list[str] = []
+
+    def interrupt(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coordlib.Transaction, "_commit_gen", interrupt)
+    with pytest.raises(KeyboardInterrupt), cluster.transaction() as tx:
+        tx.on_abort(lambda: heard.append("aborted"))
+        for store in stores:
+            tx.enlist(store).append("row")
+    assert [store.log for store in stores] == [["rollback"], ["rollback"]]
+    assert heard == ["aborted"]
+    assert cluster._coordinator._live == {}
+
+
+def test_an_interrupt_after_the_decision_leaves_nobody_untold(
+    cluster: coordlib.Cluster, stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who promised would keep their locks for as long as this process lives."""
+    heard: list[str] = []
+
+    def interrupt(finish: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster._coordinator, "later", interrupt)
+    with pytest.raises(KeyboardInterrupt), cluster.transaction(ack="decided") as tx:
+        tx.on_commit(lambda: heard.append("committed"))
+        for store in stores:
+            tx.enlist(store).append("row")
+    assert heard == ["committed"]
+    for store in stores:
+        assert store.ended.wait(30)
+        assert store.rows == ["row"]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import pytest
 
 import coordlib
 from coordlib.errors import ClusterClosed, CommitTimeout, NoQuorum
+from coordlib.node import operations
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import (
     FOREVER_MS,
@@ -323,6 +325,34 @@ def test_an_interrupt_waits_for_what_is_under_way(engine: Scripted) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(cast(Engine, engine), operation())
     assert seen == ["ended", "cleaned"]
+
+
+def test_an_interrupt_while_several_are_begun_waits_for_those_that_were(
+    engine: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is done next would overtake them: a rollback the vote that it is for."""
+    begin, interrupted, ended = operations._helpers.submit, threading.Event(), []
+
+    def work() -> None:
+        interrupted.wait(30)
+        ended.append(1)
+
+    def submit(work: Callable[[], None]) -> threading.Lock:
+        if submitted:
+            interrupted.set()
+            raise KeyboardInterrupt
+        submitted.append(work)
+        return begin(work)
+
+    submitted: list[Callable[[], None]] = []
+    monkeypatch.setattr(operations._helpers, "submit", submit)
+
+    def operation() -> OpGen[Any]:
+        return (yield Together([Do(lambda: None), Do(work), Do(work)]))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cast(Engine, engine), operation())
+    assert ended == [1]
 
 
 def test_a_cancelled_task_waits_for_threads_and_cancels_coroutines(engine: Scripted) -> None:
