@@ -329,15 +329,22 @@ class View:
             if not bucket and number not in self._old:
                 continue
             keys = self._keys(number)
-            old = self._old.pop(number, {})
+            old = self._old.pop(number, None)
             # The whole bucket is taken now, so that later changes to it need not be remembered.
-            pairs: list[tuple[bytes, bytes]] = []
-            for key in keys:
-                value = old.get(key)
-                if value is None:
-                    current = bucket[key]
-                    value = current if freeze is None else freeze(current)
-                pairs.append((key, value))
+            pairs: list[tuple[bytes, bytes]]
+            if not old:
+                if freeze is None:
+                    pairs = [(key, bucket[key]) for key in keys]
+                else:
+                    pairs = [(key, freeze(bucket[key])) for key in keys]
+            else:
+                pairs = []
+                for key in keys:
+                    value = old.get(key)
+                    if value is None:
+                        current = bucket[key]
+                        value = current if freeze is None else freeze(current)
+                    pairs.append((key, value))
             self._position = number + 1
             yield from pairs
             if self._is_closed:

@@ -86,9 +86,8 @@ class SnapshotTaker:
         if self._source is None:
             applied = self._machine.applied_index
             # A big state is not rewritten for a small log: the log may grow to the size of the last snapshot.
-            if (
-                self._log_size_bytes < max(LOG_SIZE_BYTES_MAX, self._snapshot_size_bytes)
-                and applied - self._snapshot_index < LOG_ENTRIES_MAX
+            if applied - self._snapshot_index < LOG_ENTRIES_MAX and self._log_size_bytes < max(
+                LOG_SIZE_BYTES_MAX, self._snapshot_size_bytes
             ):
                 return
             log = self._raft.log
@@ -198,6 +197,8 @@ class SnapshotSenders:
         if self._ended:
             disk.extend(map(EndTransfer, self._ended))  # before a new one to the same follower begins
             self._ended.clear()
+        if not self._transfers:
+            return
         for follower, transfer in list(self._transfers.items()):
             if now - transfer.last_heard_ms > SILENCE_MS_MAX:
                 self.stop(follower)

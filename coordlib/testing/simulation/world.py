@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 from coordlib.config import Timing
 from coordlib.errors import CoordError
+from coordlib.machine import commands
 from coordlib.machine.effects import Applied
 from coordlib.node.service import RequestService
 from coordlib.raft.messages import Entry
@@ -44,6 +45,7 @@ NAMED_LAST = 10
 
 DECODED_MAX = 64
 """Of so many of the latest frames it is remembered what they say."""
+OPERATIONS_DECODED_MAX = 256
 
 Pair = tuple[str, str]
 """Names of two processes: from, to."""
@@ -186,6 +188,9 @@ class World:
         # not read again. What is read cannot be changed, so nobody can tell.
         decode = lru_cache(maxsize=DECODED_MAX)(decode_messages)
         self._patches.enter_context(patch("coordlib.node.links.decode_messages", decode))
+        # And every member applies the same commands.
+        decode_operation = lru_cache(maxsize=OPERATIONS_DECODED_MAX)(commands.decode_operation)
+        self._patches.enter_context(patch("coordlib.machine.decode_operation", decode_operation))
         return self
 
     def __exit__(self, *_: object) -> None:
