@@ -324,6 +324,8 @@ class MemberKernel:
                 ):
                     self._announce(name)
             self.raft.report_reachable(name)
+            if peer.is_behind and not is_repeated:
+                self.raft.report_lost(name, message.last_index)
 
     def _believe_vouched(self, now: int) -> None:
         """Take what members announced whose disks were not known then, and now are."""

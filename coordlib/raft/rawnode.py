@@ -275,6 +275,27 @@ class RawNode(Elections):
         progress.is_paused = False
         self._is_send_due = True
 
+    def report_lost(self, follower: str, last_index: int) -> None:
+        """
+        Note that a follower has come back with less than it had acknowledged, ending at `last_index`.
+
+        What it acknowledged before counts no more, for nothing says that it is still there: entries that wait for a quorum
+        wait for others, or for it to have them again. Call it after `report_reachable`. What is committed stays so.
+
+        Differs: Raft takes it that a disk keeps what it has acknowledged, and never takes an acknowledgement back.
+        Believing less of a follower is always safe.
+        """
+        progress = self._progress.get(follower)
+        if progress is None or progress is self._own:
+            return
+        if progress.match:
+            self._count("matches_taken_back")
+            progress.match = 0
+        if progress.state is ProgressState.PROBE:
+            progress.next = max(1, min(progress.next, last_index + 1))
+            progress.is_paused = False
+            self._is_send_due = True
+
     def campaign(self) -> None:
         """Do not wait for the election timeout. Ignored where that would break a promise, or by a leader."""
         if self.role is _LEADER or not self._can_campaign() or self._is_leader_heard:

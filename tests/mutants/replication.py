@@ -246,4 +246,17 @@ MUTANTS = (
             ),
         ),
     ),
+    Mutant(
+        "what-a-lost-disk-acknowledged-still-counts",
+        "Jepsen restore-file-chunks: a directory is rolled back, and the leader goes on counting what it had",
+        (
+            replace(
+                "coordlib.node.kernel:MemberKernel._on_announce",
+                "self.raft.report_lost(name, message.last_index)",
+                "_mutant_hit()",
+            ),
+        ),
+        tests=("tests/raft/test_rawnode.py::test_what_a_follower_has_lost_is_not_counted_and_is_sent_again",),
+        unseen="it comes back only while all others have what it lost: more than that is not survived, and not simulated",
+    ),
 )

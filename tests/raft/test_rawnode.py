@@ -610,3 +610,40 @@ def test_what_is_no_message_is_counted() -> None:
     node.step("b", SnapshotStatus(1, True))  # type: ignore[arg-type]
     node.step("a", Heartbeat(1, 0, 0))
     assert node.counters == {"malformed": 2}
+
+
+def test_what_a_follower_has_lost_is_not_counted_and_is_sent_again() -> None:
+    """It came back with one entry of the two that it had acknowledged: another's word for the second is no quorum."""
+    node = make_node("a", ("a", "b", "c", "d", "e"), term=1)
+    lead(node, "b", "c")
+    first = node.log.last_index
+    node.propose(b"second")
+    drain(node)
+    acknowledged = AppendReply(node.term, 0, True, first, first + 1, node.term, first + 1)
+    node.step("b", acknowledged)
+    drain(node)
+    assert node.progress["b"].match == first + 1
+    node.report_reachable("b")
+    node.report_lost("b", first)
+    assert node.progress["b"].match == 0
+    assert node.progress["b"].next == first + 1
+    assert node.counters["matches_taken_back"] == 1
+    node.step("c", acknowledged)
+    sent = drain(node)
+    assert node.commit_index < first + 1
+    assert [
+        message.prev_index for to, message in sent if to == "b" and isinstance(message, AppendEntries)
+    ] == [first]
+    node.step("b", acknowledged)
+    drain(node)
+    assert node.commit_index == first + 1
+
+
+def test_a_loss_that_nobody_can_have_told_of_changes_nothing() -> None:
+    """Of a stranger, and of the leader itself, whose disk it knows."""
+    node = make_node("a", ABC, term=1)
+    lead(node, "b")
+    before = node.progress
+    node.report_lost("z", 0)
+    node.report_lost("a", 0)
+    assert node.progress == before
