@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
@@ -33,6 +34,7 @@ from coordlib.txn.gtid import (
     bqual_text,
     cluster_tag,
     gtrid_of,
+    join_gtid,
     mint_ms_of,
     parse_postgresql_gid,
     postgresql_gid,
@@ -43,6 +45,10 @@ from coordlib.wire.messages import RequestKind
 __all__ = ["run"]
 
 PAGE: Final = 500
+READ_MAX: Final = 2 * PAGE
+"""Rows that `tx list` reads in vain, at most, before it tries a shorter time; unless more are wanted."""
+
+WINDOW_MS: Final = 1000
 AGE_MS_MAX: Final = 60_000
 """In doubt for longer than recovery needs where everybody is there: `tx in-doubt` ends with 1."""
 
@@ -127,8 +133,8 @@ class _Tool:
             tuple(_Heuristic(gtid, *note) for note in notes),
         )
 
-    def rows(self, *, is_only_pending: bool = False) -> Iterator[Any]:
-        after: bytes | None = None
+    def rows(self, *, is_only_pending: bool = False, after: bytes | None = None) -> Iterator[Any]:
+        """What is remembered of transactions, the oldest first."""
         while True:
             page, is_more = self.query(commands.query_tx_list(after, PAGE, is_only_pending))
             yield from page
@@ -195,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace, tool: _Tool) -> int:
     if arguments.count < 1:
         raise UsageError("-n is 1 or more")
-    rows = sorted(tool.rows(is_only_pending=arguments.pending), key=lambda row: bytes(row[0]), reverse=True)
+    rows = _newest(tool, arguments.count, is_only_pending=arguments.pending)
     table = [
         {
             "transaction": text_of(gtid),
@@ -213,8 +219,39 @@ def _list(arguments: argparse.Namespace, tool: _Tool) -> int:
     else:
         _print_table(table)
         if len(rows) > len(table):
-            print(f"... and {len(rows) - len(table):,} older ones (-n)")
+            print("... and older ones (-n)")
     return 0
+
+
+def _newest(tool: _Tool, count: int, *, is_only_pending: bool) -> list[Any]:
+    """
+    The newest rows, newest first, one more than `count` if there are more.
+
+    There may be millions, and they are told in the order of their names, which begin with the time: so it is asked for what
+    is younger than a second, and longer, until that is enough; and for less, if it is far too much.
+    """
+    now_ms, most = tool.log_time_ms(), max(READ_MAX, 2 * count)
+    too_short_ms, too_long_ms, window_ms = 0, 0, WINDOW_MS
+    while True:
+        since_ms = max(0, now_ms - window_ms)
+        is_shortest = window_ms == too_long_ms
+        found: deque[Any] = deque(maxlen=count + 1)
+        rows = tool.rows(is_only_pending=is_only_pending, after=join_gtid(since_ms, 0, 0))
+        for number, row in enumerate(rows, start=1):
+            found.append(row)
+            if number > most and not is_shortest:
+                too_long_ms = window_ms
+                break
+        else:
+            if len(found) > count or not since_ms or is_shortest:
+                return list(reversed(found))
+            too_short_ms = window_ms
+        if not too_long_ms:
+            window_ms *= 8
+        elif too_long_ms - too_short_ms > 1:
+            window_ms = (too_short_ms + too_long_ms) // 2
+        else:
+            window_ms = too_long_ms
 
 
 def _show(arguments: argparse.Namespace, tool: _Tool) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from coordlib import Cluster
-from coordlib.cli import main
+from coordlib.cli import main, tx
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
@@ -90,7 +92,52 @@ def test_decisions_are_listed_newest_first(shop: Shop, capsys: pytest.CaptureFix
     (row,) = json.loads(told(capsys))
     assert row["transaction"] == pending.hex()
     assert main(["tx", "list", "-n", "1"]) == 0
-    assert "2 older ones" in told(capsys)
+    assert "... and older ones (-n)" in told(capsys)
+
+
+class Remembered:
+    """A cluster that remembers transactions of these times, in ms before now; counts what is read of it."""
+
+    def __init__(self, *ages_ms: int) -> None:
+        self.now_ms = 1_800_000_000_000
+        self.gtids = sorted(
+            join_gtid(self.now_ms - age_ms, number, 0) for number, age_ms in enumerate(ages_ms, start=1)
+        )
+        self.read = 0
+
+    def log_time_ms(self) -> int:
+        return self.now_ms
+
+    def rows(self, *, is_only_pending: bool, after: bytes) -> Iterator[Any]:
+        for gtid in self.gtids[bisect_right(self.gtids, after) :]:
+            self.read += 1
+            yield (gtid,)
+
+
+DAY_MS = 86_400_000
+
+
+@pytest.mark.parametrize(
+    ("ages_ms", "read_max"),
+    [
+        ((), 0),
+        ((DAY_MS, 10, 9), 40),
+        (range(0, DAY_MS, 1000), 3_000),  # one a second
+        (range(DAY_MS, DAY_MS + 60_000), 30_000),  # very many, long ago, and none since
+        ((DAY_MS,) * 8_000, 200_000),  # at one moment
+        ((*(DAY_MS,) * 8_000, 5), 200_000),
+        ((-5000, *range(0, DAY_MS, 1000)), 3_000),  # minted ahead of log time
+    ],
+)
+def test_a_list_is_read_from_its_new_end(ages_ms: Sequence[int], read_max: int) -> None:
+    """As many as are wanted, newest first, and whether there are more; far fewer than there are have been read."""
+    remembered = Remembered(*ages_ms)
+    tool: Any = remembered
+    for count in (1, 50):
+        remembered.read = 0
+        rows = tx._newest(tool, count, is_only_pending=False)
+        assert [gtid for (gtid,) in rows] == remembered.gtids[::-1][: count + 1]
+        assert remembered.read <= read_max
 
 
 def test_a_branch_is_shown_with_what_ends_it_in_its_database(
