@@ -836,7 +836,7 @@ def decorate(
                 transaction = make()
                 try:
                     with transaction:
-                        return function(*args, **kwargs)
+                        return _not_yet_to_run(function(*args, **kwargs))
                 except Exception as error:
                     # An inner function's conflict is the outer one's to retry: it is one transaction.
                     is_inner = transaction._joined is not None
@@ -879,6 +879,17 @@ def adecorate(
         return cast(Callable[P, T], wrapper)
 
     return decorator
+
+
+def _not_yet_to_run(result: T) -> T:
+    """
+    Raises:
+        FlavourError: What was returned has yet to be run, as of an object that is called like an `async def`.
+    """
+    if inspect.iscoroutine(result) or inspect.isgenerator(result):
+        result.close()
+        raise FlavourError("a transactional function returned what would run after the transaction has ended")
+    return result
 
 
 def check_decorable(function: Callable[..., Any]) -> None:

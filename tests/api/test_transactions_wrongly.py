@@ -7,7 +7,7 @@ import contextvars
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -590,3 +590,23 @@ def test_an_interrupt_after_the_decision_leaves_nobody_untold(
     for store in stores:
         assert store.ended.wait(30)
         assert store.rows == ["row"]
+
+
+def test_a_decorated_callable_that_returns_what_has_yet_to_run_is_refused(cluster: coordlib.Cluster) -> None:
+    """It would run when the transaction has ended; what the callable has done so far is not committed."""
+    stock = cluster.map("stock")
+
+    class Later:
+        async def __call__(self) -> None:
+            stock["a"] = 1
+
+    class Piecemeal:
+        def __call__(self) -> Iterator[None]:
+            stock["b"] = 1
+            yield
+
+    functions: list[Callable[[], Any]] = [Later(), Piecemeal()]
+    for function in functions:
+        with pytest.raises(FlavourError, match="has ended"):
+            cluster.transactional()(function)()
+    assert stock.snapshot() == {}

@@ -9,7 +9,7 @@ import transaction
 from transaction.interfaces import IDataManager, TransientError
 from zope.interface.verify import verifyObject
 
-from coordlib.errors import InvariantViolation, LockTimeout, UsageError
+from coordlib.errors import FlavourError, InvariantViolation, LockTimeout, UsageError
 from coordlib.txn.branches import (
     Branch,
     BranchFailed,
@@ -137,6 +137,15 @@ def _begin(names: Names) -> ZopeBranch:
     zope = Zope("site", accepts_loss=True)
     zope.open(names.cluster)
     return zope.begin(names.gtid(), names.bqual("site"), names.remaining_s)
+
+
+def test_a_task_s_transaction_is_refused() -> None:
+    """Nobody would await its commit, and Zope would take it for done."""
+
+    async def commit() -> None: ...
+
+    with pytest.raises(FlavourError, match="threads"):
+        CoordlibDataManager(commit, commit)
 
 
 def test_loss_has_to_be_accepted_by_name(names: Names) -> None:

@@ -11,10 +11,11 @@ recorded as a hazard.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
-from coordlib.errors import UsageError, invariant
+from coordlib.errors import FlavourError, UsageError, invariant
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, Finish, PreparedBranch, Vote
 from coordlib.txn.gtid import text_of
 from coordlib.txn.resources.common import ResourceBase, missing_driver
@@ -40,11 +41,16 @@ class CoordlibDataManager:
         commit: Of the coordlib transaction. It is called when everybody else has voted yes.
         rollback: Of the coordlib transaction.
         manager: Whose current transaction is joined; None: the thread's.
+
+    Raises:
+        FlavourError: They are a task's, and nobody would await them.
     """
 
     def __init__(
         self, commit: Callable[[], object], rollback: Callable[[], object], *, manager: Any = None
     ) -> None:
+        if inspect.iscoroutinefunction(commit) or inspect.iscoroutinefunction(rollback):
+            raise FlavourError("Zope's transactions are for threads: give the methods of a plain transaction")
         self.transaction_manager = transaction.manager if manager is None else manager
         self._commit = commit
         self._rollback = rollback
