@@ -325,7 +325,9 @@ def _resolve(arguments: argparse.Namespace, tool: _Tool) -> int:
     state = tool.state(gtid)
     name = None if bqual is None else BranchName.unpack(bqual)
     if bqual is not None and name is None:
-        raise UsageError(f"{bqual.hex()} is no name of a branch")
+        raise UsageError(
+            f"{bqual.hex()} is not the name of a branch: `coordlib tx show` and `tx in-doubt` show it"
+        )
     if state.status is TxStatus.NONE and (name is None or not name.decider_tag):
         return _decide(arguments, tool, state)
     return _record(arguments, tool, state, bqual)
@@ -512,9 +514,8 @@ def _digits(text: str, what: str, size: int = 0) -> bytes:
         data = b""
     if not data or (size and len(data) != size):
         wanted = f"{2 * size} hexadecimal digits" if size else "hexadecimal digits"
-        raise UsageError(
-            f"{text!r} is not the name of {what}: {wanted}, as errors and `coordlib tx list` show it"
-        )
+        where = "errors and `coordlib tx list`" if size else "`coordlib tx show` and `tx in-doubt`"
+        raise UsageError(f"{text!r} is not the name of {what}: {wanted}, as {where} show it")
     return data
 
 

@@ -49,7 +49,7 @@ REKEY_MS: Final = 3_600_000
 _NEVER: Final = 1 << 62
 
 _HANDSHAKE_WORDS: Final = {
-    "wrong-key": "it does not accept our keys, or we not its: is COORDLIB_SECRET the same on both?",
+    "wrong-key": "it does not accept our keys, or we not its: are COORDLIB_SECRET and the cluster's name the same on both?",
     "refused-key": "it refuses our key: COORDLIB_SECRET differs, or the old one was retired too early",
     "no-handshake": "somebody listens there, but does not finish the handshake: is it a member of this cluster, "
     "with the same secret?",

@@ -278,3 +278,29 @@ def test_after_a_restore_nothing_is_presumed_of_what_the_log_does_not_know(
     far = str(shop.now_ms + 86_400_000)
     assert main(["tx", "skip", "--original-is-stopped", "--not-before", far]) == 2
     assert "clocks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["show", "xyz"],
+            "'xyz' is not the name of a transaction: 32 hexadecimal digits, as errors and `coordlib tx list` show it",
+        ),
+        (["show", "1129271876_abc_def"], "1129271876_abc_def is no branch of a transaction of this cluster"),
+        (
+            ["resolve", "--abort", "--branch", "zz", "00" * 16],
+            "hexadecimal digits, as `coordlib tx show` and `tx in-doubt` show it",
+        ),
+        (
+            ["resolve", "--abort", "--branch", "00", "00" * 16],
+            "00 is not the name of a branch: `coordlib tx show` and",
+        ),
+        (["list", "-n", "0"], "-n is 1 or more"),
+    ],
+)
+def test_a_wrong_name_is_told_what_a_right_one_is(
+    shop: Shop, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(["tx", *arguments]) == 2
+    assert words in capsys.readouterr().err
