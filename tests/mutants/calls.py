@@ -76,6 +76,18 @@ MUTANTS = (
         tests=_TESTS,
     ),
     Mutant(
+        "service-of-a-dead-host-stays-in-the-registry",
+        "Consul #1037: what a node that is gone had registered is found for ever",
+        (
+            replace(
+                "coordlib.machine.services:Services.end_sessions",
+                "            for service in sorted(self._by_session.get(session, ())):\n",
+                "            for service in sorted(_mutant_hit(self._by_session.get(session, ())))[:0]:\n",
+            ),
+        ),
+        tests=("tests/machine/test_services.py",),
+    ),
+    Mutant(
         "answer-goes-to-whoever-asked-last",
         "a proxy that keeps one asker for each way: answers cross",
         (
