@@ -58,6 +58,7 @@ INVARIANTS = frozenset(
         "recovered log",
         "same reply",
         "same state",
+        "service registry",
         "session belief",
         "synced write",
         "term order",

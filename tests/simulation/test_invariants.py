@@ -14,6 +14,7 @@ import pytest
 from coordlib.cbor import encode
 from coordlib.errors import CoordError, NotHolder, QuotaExceeded
 from coordlib.machine import commands
+from coordlib.machine.commands import TxStatus
 from coordlib.machine.effects import Applied, LockGranted, LockWithdrawn, SessionEnded, SessionOpened
 from coordlib.node.effects import LogEvent
 from coordlib.raft import RawNode
@@ -581,6 +582,39 @@ def a_holder_whose_session_has_ended() -> None:
     cluster.happen(commands.release(LOCK, 1), 1, 2, effects=(LockGranted(2, 1, LOCK, 6),))
 
 
+def a_lock_that_is_held_after_the_decision_that_gives_it_back() -> None:
+    cluster = with_sessions()
+    _told_of(cluster, commands.query_lock(LOCK), [[1, 1, 5, 0, 0], []])
+    body = commands.tx_decide(b"", releases=[(LOCK, 1)])
+    cluster.happen(body, 1, 2, reply=encode((0, TxStatus.COMMITTED.value, "", cluster.last + 1, 0, -1)))
+
+
+def a_lock_that_is_free_after_a_decision_that_was_aborted() -> None:
+    cluster = with_sessions()
+    _told_of(cluster, commands.query_lock(LOCK), [None, []])
+    body = commands.tx_decide(b"", guards=[(LOCK, 9)], releases=[(LOCK, 1)])
+    cluster.happen(body, 1, 2, reply=encode((0, TxStatus.ABORTED.value, "lock-lost", 0, 0, -1)))
+
+
+def a_service_of_a_session_that_has_ended() -> None:
+    cluster = with_sessions()
+    _told_of(cluster, commands.query_services(), [[["desk", 2, "b", "b", 0]], False])
+    cluster.happen(commands.service_register("desk", "b"), 2, 1, reply=encode((0, True)))
+    cluster.happen(commands.close_session(), 2, 2, effects=(SessionEnded(2, "closed"),))
+
+
+def a_service_that_nobody_finds() -> None:
+    cluster = with_sessions()
+    _told_of(cluster, commands.query_services(), [[], False])
+    cluster.happen(commands.service_register("desk", "b"), 2, 1, reply=encode((0, True)))
+
+
+def _told_of(cluster: Cluster, query: bytes, results: list[Any]) -> None:
+    """All members answer this query with that."""
+    for name in NAMES:
+        cluster.kernel(name).machine.query = {query: encode((0, *results))}.__getitem__
+
+
 def a_read_from_before() -> None:
     cluster = begun()
     _read(cluster, committed=5, answered=4)
@@ -784,7 +818,14 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
         an_answer_to_another_command,
     ),
     "fencing token": (a_token_that_falls, a_token_that_is_given_again),
-    "one holder": (two_holders, two_holders_by_a_grant_to_a_waiter, a_holder_whose_session_has_ended),
+    "one holder": (
+        two_holders,
+        two_holders_by_a_grant_to_a_waiter,
+        a_holder_whose_session_has_ended,
+        a_lock_that_is_held_after_the_decision_that_gives_it_back,
+        a_lock_that_is_free_after_a_decision_that_was_aborted,
+    ),
+    "service registry": (a_service_of_a_session_that_has_ended, a_service_that_nobody_finds),
     "id window": (
         a_window_that_overlaps,
         a_worker_that_somebody_has,

@@ -25,6 +25,7 @@ same state            ... and the same state, compared at intervals and after ev
 exactly once          a session's command is executed once; repeated, it gets the first answer or none
 fencing token         tokens rise over all grants of all locks, for ever
 one holder            a lock is granted to one acquisition of a living session at a time
+service registry      services are hosted by living sessions that say so, and all of those are named
 id window             windows of id time of one worker are disjoint; a worker is one lease's at a time, and none leaks
 one outcome           a transaction has the outcome that the first decision gave it, in every answer and on every member
 decision              it is committed if and only if its time, its guards and its conditions allow it
@@ -533,6 +534,7 @@ class Invariants:
             self.decisions.apply(entry, applied, self._model.holders)
             expired = self._model.apply(entry, applied)
             self._model.check_decided(process._kernel.machine)
+            self._model.check_services(process._kernel.machine)
             if expired and self._are_clocks_bounded:
                 self._check_beliefs(index, expired)
         elif outcome.reply != applied.reply or outcome.effects != applied.effects:

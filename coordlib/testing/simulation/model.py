@@ -32,7 +32,18 @@ class Violation(AssertionError):
 class LogModel:
     """Sessions, locks and windows as they must be, by the log alone; another reading of the same commands."""
 
-    __slots__ = ("_answers", "_ended", "_marks", "_sessions", "_token", "decided_about", "holders", "windows")
+    __slots__ = (
+        "_answers",
+        "_ended",
+        "_marks",
+        "_sessions",
+        "_token",
+        "decided_about",
+        "has_services_changed",
+        "holders",
+        "services",
+        "windows",
+    )
 
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
@@ -41,6 +52,8 @@ class LogModel:
         self._ended: set[int] = set()
         self.holders: dict[bytes, tuple[int, int, int]] = {}  # lock -> session, sequence, token
         self.decided_about: tuple[bytes, ...] = ()  # locks that the last command gives back if it commits
+        self.services: dict[tuple[str, int], None] = {}  # name, session
+        self.has_services_changed = False  # by the last command
         self._token = 0
         self.windows = _Windows()
 
@@ -49,6 +62,7 @@ class LogModel:
         log_time_ms, session, sequence, _, operation = commands.unpack_entry(entry.data)
         self.windows.log_time_ms = max(self.windows.log_time_ms, log_time_ms)
         self.decided_about = ()
+        self.has_services_changed = False
         if session and not self._is_due(entry.index, session, sequence, applied):
             return set()
         try:
@@ -78,6 +92,12 @@ class LogModel:
                 self._release(args[1], session, args[2])
             elif opcode == OpCode.BREAK:
                 self.holders.pop(args[1], None)
+            elif opcode == OpCode.SERVICE_REGISTER:
+                self.services[args[1], session] = None
+                self.has_services_changed = True
+            elif opcode == OpCode.SERVICE_UNREGISTER:
+                self.services.pop((args[1], session), None)
+                self.has_services_changed = True
             elif opcode == OpCode.TX_DECIDE and args[7]:
                 self._decide(entry.index, session, args[7], commands.decode_reply(applied.reply))
         ended = {effect.session for effect in applied.effects if isinstance(effect, SessionEnded)}
@@ -86,6 +106,10 @@ class LogModel:
             self._sessions.discard(lost)
             if opcode == OpCode.SESSION_EXPIRE:
                 self._marks.hit("session_expired")
+        for place in [place for place in self.services if place[1] in ended]:
+            self._marks.hit("service_host_died")
+            del self.services[place]
+            self.has_services_changed = True
         for lock in [lock for lock, holder in self.holders.items() if holder[0] in ended]:
             self._marks.hit("lock_holder_died")
             del self.holders[lock]
@@ -149,6 +173,16 @@ class LogModel:
         if status == TxStatus.COMMITTED and revision == index:  # else it was decided before
             for lock, sequence in releases:
                 self._release(lock, session, sequence)
+
+    def check_services(self, machine: Machine) -> None:
+        """A member that has just applied the last command names those who host services, and nobody else."""
+        if self.has_services_changed:
+            rows, _ = commands.decode_reply(machine.query(commands.query_services()))
+            found = [(name, session) for name, session, _, _, _ in rows]
+            if found != sorted(self.services):
+                raise Violation(
+                    "service registry", f"it says {found}, and hosted are {sorted(self.services)}"
+                )
 
     def check_decided(self, machine: Machine) -> None:
         """A member that has just applied the last command holds those locks free, or by whom they were held."""

@@ -59,6 +59,8 @@ MAP_KEYS: Final = tuple(b"m%d" % place for place in range(3))
 VAULTS: Final = b"vaults"
 VAULT_NAMES: Final = (b"vault-0", b"vault-1")
 VAULT_SECONDS: Final = 0.5
+SERVICE: Final = "desk"
+UNREGISTER_SHARE: Final = 0.03
 TIME_EVERY_MS: Final = 5000
 FORGET_AFTER_MS: Final = 300
 PAUSED_MS: Final = 50
@@ -166,6 +168,8 @@ class Office:
         self._swept: frozenset[tuple[bytes, bytes]] = frozenset()
         self._is_sweeping = False
         self._calls = 0
+        self._registered = 0  # the session in which the service is registered
+        self._is_registering = False
         self.context = Context(self.clock, self.finish_later, self.forget, self.counters)
         self.connections = {book.name: Connection(book, stream, settings.flaky) for book in bank.databases}
         self.local = LastConnection(local, stream, settings.flaky)
@@ -323,6 +327,7 @@ class Office:
             self._search(self.journal)
         self._sweep()
         self._skip()
+        self._register()
         if self.bank.site.is_stopped:
             for work in self.participants.works.values():
                 # Where a last resource decides, the log has nothing to tell.
@@ -330,6 +335,26 @@ class Office:
                     self._start(self._ask_people_gen(work))
         for work in self.participants.due():
             self._start(self.participants.inquire_gen(work))
+
+    def _register(self) -> None:
+        """Host the service, also in a new session; now and then leave off for a while."""
+        session = self.session
+        if self._is_registering or not session:
+            return
+        if session != self._registered:
+            body, registered = commands.service_register(SERVICE, self.who), session
+        elif self._vault_stream.random() < UNREGISTER_SHARE and not self.bank.site.is_stopped:
+            body, registered = commands.service_unregister(SERVICE), 0
+        else:
+            return
+        self._is_registering = True
+
+        def done(reply: bytes | None) -> None:
+            self._is_registering = False
+            if reply is not None:
+                self._registered = registered
+
+        self._start(self._ask_gen(RequestKind.COMMAND, body), done)
 
     def _skip(self) -> None:
         """Somebody declares the log to be restored from a back-up: what it does not know is presumed by nobody."""
@@ -659,7 +684,7 @@ class Office:
     def _call_gen(self, tx: Transaction, leg: Leg, number: int) -> OpGen[None]:
         member = next((m for m in tx.members if isinstance(m, _Member) and m.node == leg.place), None)
         if member is None:
-            target = self._session_of(leg.place)
+            target = yield from self._session_of_gen(leg.place)
             member = _Member(leg.place, "ledger", target, tx.gtid, number, tx.deadline_ms, tx.decider_tag)
             tx.members.append(member)
         operation = "ledger"
@@ -682,12 +707,17 @@ class Office:
             step = member.call_again(operation, payload, tx.expires_ms)
         raise TransactionAborted("a service could not be called", reason="call", gtid=tx.gtid)
 
-    def _session_of(self, place: str) -> int:
-        """Of the process that hosts a service."""
-        office = next((o for o in self.bank.offices.values() if o.who == place), None)
-        if office is None or not office.session:
+    def _session_of_gen(self, place: str) -> OpGen[int]:
+        """Of the process that hosts a service: the replica that has its desk there."""
+        reply = yield from self._ask_gen(RequestKind.QUERY, commands.query_services(SERVICE))
+        rows, _ = commands.decode_reply(reply)
+        sessions = [session for _, session, _, instance, _ in rows if instance == place]
+        if not sessions:
             raise ServiceUnreachable("nobody hosts it now", target=0)
-        return office.session
+        if len(sessions) > 1:
+            self.bank.hit("tx_replica_in_two_sessions")
+        target: int = sessions[-1]
+        return target
 
 
 class _Member(RemoteMember):
