@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from coordlib.api.crew import Crew
-from coordlib.errors import ClusterClosed, CoordError, FatalError, ForkedError, NoQuorum, UsageError
+from coordlib.errors import (
+    ClusterClosed,
+    CoordError,
+    FatalError,
+    ForkedError,
+    NoQuorum,
+    StorageFailed,
+    UsageError,
+)
 from coordlib.machine import commands
 from coordlib.node.clock import monotonic_ms
 from coordlib.node.operations import FOREVER_MS, OpGen, Step
@@ -405,6 +413,14 @@ class Coordinator:
                 return
             self.search(resource)
 
+    def _log_failed_search(self, resource: Resource, error: Exception) -> None:
+        log.warning(
+            "resource %r could not be searched: %s",
+            resource.name,
+            error,
+            extra={"event": "transaction.search"},
+        )
+
     def search(self, resource: Resource) -> bool:
         """
         Search one resource. Whether nothing is left there that must be looked at again soon.
@@ -416,16 +432,15 @@ class Coordinator:
             if isinstance(resource, JournalResource):
                 resource.obey_again()
             recovered = self._run(recover_gen(resource, self))
-        except (ClusterClosed, ForkedError, FatalError):
-            raise
+        except (ClusterClosed, ForkedError, FatalError) as error:
+            if not (isinstance(resource, JournalResource) and isinstance(error, StorageFailed)):
+                raise
+            # The node may be well: it is the journal that cannot be written, and somebody must be told.
+            self._log_failed_search(resource, error)
+            return False
         except Exception as error:
             # A database that is away now is asked again later: one of many must not stop the others.
-            log.warning(
-                "resource %r could not be searched: %s",
-                resource.name,
-                error,
-                extra={"event": "transaction.search"},
-            )
+            self._log_failed_search(resource, error)
             return False
         if recovered.in_doubt and not self._log_time_at:
             self._run(self._learn_time_gen())  # to say how old they are

@@ -11,7 +11,7 @@ import pytest
 
 import coordlib
 from coordlib.api.coordinator import FINISHERS, HELPERS
-from coordlib.errors import NoQuorum
+from coordlib.errors import NoQuorum, StorageFailed
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
 from coordlib.node.clock import monotonic_ms
@@ -19,7 +19,7 @@ from coordlib.node.operations import FOREVER_MS, Do, OpGen, Step
 from coordlib.txn.branches import Finish, PreparedBranch
 from coordlib.txn.commit import Unfinished
 from coordlib.txn.gtid import BranchName, join_gtid, node_tag, resource_tag, session_of
-from coordlib.txn.journal import Handler, JournalResource, SqliteJournal
+from coordlib.txn.journal import Handler, JournalResource, MemoryJournal, Record, SqliteJournal
 from coordlib.txn.members import Ending, Member
 from coordlib.wire.messages import RequestKind
 
@@ -205,3 +205,19 @@ def test_who_is_away_holds_up_no_search(log: Log) -> None:
         assert coordinator.stats()["backlog"] >= LEFT
     finally:
         is_over.set()
+
+
+class Broken(MemoryJournal):
+    """Its disk is full."""
+
+    def records(self, service: str) -> list[Record]:
+        raise StorageFailed("no space left on the device")
+
+
+def test_a_journal_that_cannot_be_used_is_told_of_and_looked_at_again(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The node is well, and nothing else would say that what the service has promised is not done."""
+    resource = JournalResource("s", Broken(), cast(Handler, None))
+    assert not log.cluster._coordinator.search(resource)
+    assert "no space left" in caplog.text
