@@ -32,7 +32,15 @@ from coordlib.testing.simulation.decisions import Decision, Decisions
 from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.workload.office import VAULT_NAMES, VAULTS, Deal, Office, Settings
 from coordlib.testing.simulation.workload.site import Outcome, Service, Site, Task, Worker
-from coordlib.testing.simulation.workload.stores import BALANCE, Book, LastBook, Ledger, Part, State
+from coordlib.testing.simulation.workload.stores import (
+    BALANCE,
+    Book,
+    FailingJournal,
+    LastBook,
+    Ledger,
+    Part,
+    State,
+)
 from coordlib.wire.messages import RequestKind
 
 __all__ = ["Bank"]
@@ -55,6 +63,8 @@ class Bank(Service):
         self.settings = Settings.draw(chance)
         # How often people say that decisions may have been lost; apart, so that nothing else is drawn otherwise for it.
         self.people = site.world.choices.stream("bank people")
+        self.journals = site.world.choices.stream("bank journals")
+        self.journal_share = self.journals.choice((0.0, 0.02, 0.15))  # of writes that fail
         self.vault_share = site.world.choices.stream("bank vaults").choice((0.0, 0.2, 0.5))
         self._vaults: dict[bytes, int] = {}  # the last token that was accepted
         self.skip_share = self.people.choice((0.0,) * 7 + (0.01,))
@@ -113,7 +123,8 @@ class Bank(Service):
             return
         machine = self._machine(worker.process)
         if machine not in self.ledgers:
-            self.ledgers[machine] = Ledger(self, f"ledger/{machine}")
+            journal = FailingJournal(self, self.journals, self.journal_share)
+            self.ledgers[machine] = Ledger(self, f"ledger/{machine}", journal)
             self.locals[machine] = LastBook(self, f"local/{machine}")
         self.offices[worker] = Office(self, worker, self.ledgers[machine], self.locals[machine])
 

@@ -21,6 +21,7 @@ from coordlib.errors import (
     NoQuorum,
     RemoteProtocolError,
     ServiceUnreachable,
+    StorageFailed,
     TransactionAborted,
 )
 from coordlib.machine import commands
@@ -175,7 +176,9 @@ class Office:
         self.local = LastConnection(local, stream, settings.flaky)
         self.ledger = ledger
         self.journal = JournalResource(ledger.name, ledger.journal, LedgerHandler(ledger))
-        self.journal.start()
+        share, ledger.journal.share = ledger.journal.share, 0.0
+        self.journal.start()  # where that fails, the service is not started
+        ledger.journal.share = share
         self.participants = Participants(self.node, self._node_tag, self, nullcontext())
         self.process.set_call_handler(self._called)
         self._later(stream.randint(1, settings.agent_ms), self._look)
@@ -329,6 +332,7 @@ class Office:
         self._skip()
         self._register()
         if self.bank.site.is_stopped:
+            self.ledger.journal.share = 0.0
             for work in self.participants.works.values():
                 # Where a last resource decides, the log has nothing to tell.
                 if work.state is WorkState.PREPARED and not work.is_busy and not work.decider_tag:
@@ -402,7 +406,7 @@ class Office:
         decision = self.bank.decision(branch.gtid)
         try:
             resource.finish(branch, decision is not None and decision.is_committed)
-        except ConnectionError:
+        except (ConnectionError, StorageFailed):
             pass
 
     def _ask_people_gen(self, work: Work) -> OpGen[None]:

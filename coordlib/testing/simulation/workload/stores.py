@@ -13,12 +13,24 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, Protocol
 
 from coordlib.cbor import decode, encode
+from coordlib.errors import StorageFailed
 from coordlib.testing.simulation.choices import Stream
 from coordlib.txn.branches import BranchFailed, BranchHeuristic, Finish, PreparedBranch, Vote
 from coordlib.txn.gtid import resource_tag
-from coordlib.txn.journal import MemoryJournal
+from coordlib.txn.journal import MemoryJournal, Record
 
-__all__ = ["Book", "Connection", "Judge", "LastBook", "LastPart", "Ledger", "LedgerHandler", "Part", "State"]
+__all__ = [
+    "Book",
+    "Connection",
+    "FailingJournal",
+    "Judge",
+    "LastBook",
+    "LastPart",
+    "Ledger",
+    "LedgerHandler",
+    "Part",
+    "State",
+]
 
 BALANCE: Final = 100
 
@@ -320,12 +332,45 @@ class LastConnection(Connection):
         return LastPart(self.book, self, gtid, bqual)
 
 
+class FailingJournal(MemoryJournal):
+    """
+    A journal on a disk whose writes fail now and then, before or after they are there.
+
+    Attributes:
+        share: Of writes that fail.
+    """
+
+    def __init__(self, judge: Judge, stream: Stream, share: float) -> None:
+        super().__init__()
+        self._judge = judge
+        self._stream = stream
+        self.share = share
+
+    def _write(self, write: Callable[[], None]) -> None:
+        if not self.share or self._stream.random() >= self.share:
+            write()
+            return
+        self._judge.hit("tx_journal_failed")
+        if self._stream.random() < 0.5:
+            write()
+        raise StorageFailed("the journal cannot be written")
+
+    def add(self, record: Record) -> None:
+        self._write(lambda: MemoryJournal.add(self, record))
+
+    def decide(self, gtid: bytes, bqual: bytes, state: int) -> None:
+        self._write(lambda: MemoryJournal.decide(self, gtid, bqual, state))
+
+    def remove(self, gtid: bytes, bqual: bytes) -> None:
+        self._write(lambda: MemoryJournal.remove(self, gtid, bqual))
+
+
 class Ledger(Book):
     """The accounts of a service that has no database: on one machine, beside its journal."""
 
-    def __init__(self, judge: Judge, name: str) -> None:
+    def __init__(self, judge: Judge, name: str, journal: FailingJournal) -> None:
         super().__init__(judge, name)
-        self.journal = MemoryJournal()
+        self.journal = journal
         self.done: dict[bytes, bool] = {}  # by branch: whether it was committed
 
     @property
