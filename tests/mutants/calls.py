@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "service-of-a-dead-host-stays-in-the-registry",
-        "Consul #1037: what a node that is gone had registered is found for ever",
+        "what a host that is gone had registered is found for ever, and called in vain",
         (
             replace(
                 "coordlib.machine.services:Services.end_sessions",
