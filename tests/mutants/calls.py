@@ -39,18 +39,6 @@ MUTANTS = (
         unseen="whoever is called by a transaction knows calls by their sequence, and does none twice",
     ),
     Mutant(
-        "call-that-may-have-arrived-is-called-undelivered",
-        "gRPC UNAVAILABLE taken for 'never sent': the connection broke behind the request",
-        (
-            replace(
-                _CALLS + "_lose_way",
-                "            self._lost(self._pending.pop(id).call)\n",
-                "            self._unreachable(self._pending.pop(id).call, _mutant_hit('gone'))\n",
-            ),
-        ),
-        tests=_TESTS,
-    ),
-    Mutant(
         "call-is-sent-again-on-another-way",
         "a retry below the application: what was sent on a way that broke is sent on the next one, too",
         (
