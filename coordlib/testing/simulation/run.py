@@ -266,6 +266,10 @@ class _Run:
             len(members) == len(world.members)
             and len({process.kernel.machine.applied_index for process in members}) == 1
             and members[0].kernel.machine.applied_index >= self.invariants.committed_max
+            # A request whose caller has given it up may come late, and is proposed all the same.
+            and not any(
+                p.kernel.raft and p.kernel.raft.last_index > p.kernel.raft.applied_index for p in members
+            )
             # The sessions of the dead have ended, and with them all that they held and waited for.
             and len(members[0].kernel.machine.sessions) <= sum(p.is_up for p in world.processes.values())
             # What goes on behind its caller's back (a release that was given up) ends too.
