@@ -126,7 +126,10 @@ class _ServiceBase:
         reply = yield Step(RequestKind.QUERY, commands.query_services(self._name), by)
         rows, _ = commands.decode_reply(reply)
         if not rows:
-            raise ServiceUnreachable(f"nobody hosts service {self._name!r} at present")
+            raise ServiceUnreachable(
+                f"nobody hosts service {self._name!r} at present, and nothing was done: start an application that does, or "
+                "try again"
+            )
         first = choice % len(rows)
         return [row[1] for row in (*rows[first:], *rows[:first])]
 

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 import coordlib
-from coordlib.errors import ServiceError, TooManyLastResources, TransactionAborted, UsageError
+from coordlib.errors import (
+    ServiceError,
+    ServiceUnreachable,
+    TooManyLastResources,
+    TransactionAborted,
+    UsageError,
+)
 from coordlib.txn.resources import SQLite
 from tests.api.test_transactions import Store
 
@@ -126,3 +132,16 @@ def test_a_promise_of_the_wrong_type_is_a_no(cluster: coordlib.Cluster) -> None:
         cluster.map("orders")["o-1"] = "placed"
     assert aborted == ["one"]
     assert "o-1" not in cluster.map("orders")
+
+
+def test_a_service_that_nobody_hosts_is_told_with_what_happened(cluster: coordlib.Cluster) -> None:
+    """Nothing; within a transaction that goes on as well."""
+    with pytest.raises(
+        ServiceUnreachable, match=r"nobody hosts service 'billing' .* nothing was done: start"
+    ):
+        cluster.service("billing").charge()
+    with cluster.transaction():
+        with pytest.raises(ServiceUnreachable, match="nothing was done"):
+            cluster.service("billing").charge()
+        cluster.map("orders")["o-1"] = "placed"
+    assert cluster.map("orders")["o-1"] == "placed"
