@@ -261,12 +261,11 @@ class _ThreadApplication:
     def pending(self, _: dict[str, Any]) -> dict[str, Any]:
         """Who has not obeyed, as text: (resource, node, branch) by transaction."""
 
-        def ask() -> OpGen[bytes]:
-            return (
-                yield Step(RequestKind.QUERY, commands.query_tx_list(None, 100, True), monotonic_ms() + 5000)
-            )
+        def ask() -> OpGen[list[Any]]:
+            step = Step(RequestKind.QUERY, commands.query_tx_list(None, 100, True), monotonic_ms() + 5000)
+            return commands.decode_reply((yield step))
 
-        rows = commands.decode_reply(self._cluster._run(ask()))[0]
+        rows = self._cluster._run(ask())[0]
         who = self._cluster._coordinator.who
         return {
             "who": who,
