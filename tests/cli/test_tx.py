@@ -243,7 +243,7 @@ def test_a_branch_of_a_last_resource_is_never_decided_in_the_log(
         (["show", "12x"], "32 hexadecimal digits"),
         (["show", "1129271876_abc_def"], "no branch of a transaction of this cluster"),
         (["resolve", "00" * 16, "--abort", "--branch", "zz"], "hexadecimal digits"),
-        (["resolve", "00" * 16, "--abort", "--branch", "ff"], "no name of a branch"),
+        (["resolve", "00" * 16, "--abort", "--branch", "ff"], "not the name of a branch"),
         (["list", "-n", "0"], "-n"),
     ],
 )
