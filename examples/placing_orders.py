@@ -13,6 +13,9 @@ stops when it is told to commit ("told"), so that it can be killed there. The de
     order ID     begins an order, and stops when everybody has been asked for a promise: "asked"
     go           lets it go on to the decision: "decided", or "aborted" and why
     notes ID     the same as "order", with a row in an SQLite database, which cannot promise and so decides
+
+To be read first: `Desk.place`, which is the transaction, and `Depot` and `Shelf`, the two ways to take part in it. The rest is
+there to stop them in the middle.
 """
 
 from __future__ import annotations
