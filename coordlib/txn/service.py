@@ -173,7 +173,7 @@ class RemoteMember:
         self._decider_tag = decider_tag
         self._seq = 0
         self._is_asked = False
-        self._is_lost = False  # the answer to its commit in one phase was: what it has done is not known
+        self._is_lost = False  # an answer of it was, or left open what it has done
 
     def __repr__(self) -> str:
         return f"<service {self.service!r} at session {self.target}>"
@@ -236,6 +236,8 @@ class RemoteMember:
         if answer.status == Status.READ_ONLY or (answer.status == Status.ENDED and verb is Verb.COMMIT_1P):
             return Ballot()
         is_certain = answer.status == Status.NO
+        # Whatever is said after this one, or cannot be: it may have committed.
+        self._is_lost = self._is_lost or not is_certain
         why = BranchFailed(f"service {self.service!r}: {answer.payload}")
         return Ballot(error=why, is_lost=not is_certain)
 

@@ -10,7 +10,7 @@ import pytest
 from coordlib.errors import CallTimeout, CoordError, ServiceUnreachable, TransactionAborted
 from coordlib.machine import commands
 from coordlib.machine.commands import TxStatus
-from coordlib.node.operations import Do, OpGen, Step, Together
+from coordlib.node.operations import Do, Failure, OpGen, Step, Success, Together
 from coordlib.txn.commit import commit_gen
 from coordlib.txn.gtid import join_gtid, node_tag
 from coordlib.txn.journal import JournalBranch, JournalResource, MemoryJournal
@@ -422,3 +422,13 @@ def test_what_was_rolled_back_says_so_when_it_is_to_commit(world: Services) -> N
     world.driver.now_ms += 5001
     world.inquire()
     assert ask(world, wish(Verb.COMMIT_1P, 2)).status == Status.NO
+
+
+def test_what_was_uncertain_once_stays_so() -> None:
+    """After a commit in one phase that may have happened, a call that was not delivered says nothing."""
+    member = RemoteMember("stock", 7, b"g" * 16, 1, 0)
+    member.commit_one_phase(0)
+    refused = Success(Answer(Status.REFUSED, "the journal cannot be written").encode())
+    assert member.read_one_phase(refused).is_lost
+    member.commit_one_phase(0)
+    assert member.read_one_phase(Failure(ServiceUnreachable("nobody is there"))).is_lost
