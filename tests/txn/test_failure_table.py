@@ -152,12 +152,12 @@ def test_initiator_dies_before_the_decision(stage: Stage, crash: str, places: li
 
 def test_an_initiator_that_stands_still_loses(stage: Stage) -> None:
     """Those who promised do not wait for it: they ask, and that decides. It hears so when it goes on."""
-    initiator = stage.transfer("r3", WITH_MARIADB, pause="before-decide", timeout=4.0)
+    initiator = stage.transfer("r3", WITH_MARIADB, pause="before-decide", timeout=3.0)
     assert initiator.said() == "waiting"
     initiator.signal(signal.SIGSTOP)
     try:
         # A branch of MariaDB's is let go when its session has been idle for the transaction's time.
-        stage.await_end("r3", NOWHERE, 4.0 + Bounds.undecided)
+        stage.await_end("r3", NOWHERE, 3.0 + Bounds.undecided)
     finally:
         initiator.signal(signal.SIGCONT)
     initiator.go_on()
@@ -445,7 +445,7 @@ def test_the_quorum_is_lost_before_the_decision(stage: Stage, monkeypatch: pytes
     before_the_decision(monkeypatch, outage)
     outcome = "committed"
     try:
-        book(stage, "r14", ["first", "second", "vault"], timeout=2.0)
+        book(stage, "r14", ["first", "second", "vault"], timeout=1.5)
     except CoordError as error:
         outcome = type(error).__name__
     # With the two gone nothing can be decided; and nobody who has promised has done anything by itself.
