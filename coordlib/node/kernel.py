@@ -363,8 +363,8 @@ class MemberKernel:
         peer = self.peers.known[name]
         peer.status = message
         peer.status_ms = now
-        if self.service is not None and self.service.log_clock is not None:
-            self.service.log_clock.observe(name, message.wall_ms, now)
+        if self.service is not None:
+            self.service.observe_clock(name, message.wall_ms, now)
 
     def _on_snapshot_chunk(self, name: str, message: SnapshotChunk, now: int) -> None:
         if self._receiver is None or not self.peers.known[name].is_trusted or message.group != GROUP:
@@ -550,7 +550,7 @@ class MemberKernel:
     def _status_round(self, now: int) -> None:
         service = self.service
         if service is not None and service.log_clock is not None:
-            service.log_clock.observe(self.node_id, self._wall_ms, now)
+            service.observe_clock(self.node_id, self._wall_ms, now)
             for name, disk_id in self.peers.to_record:
                 service.propose_internal(commands.record_disk(name, disk_id), now)
             self.peers.to_record.clear()
@@ -751,8 +751,7 @@ class MemberKernel:
         if raft.is_leader and not (was_leader and raft.term == term_before):
             quorum = len(raft.configuration.voters) // 2 + 1
             service.become_leader(now, raft.last_index, quorum)
-            if service.log_clock is not None:
-                service.log_clock.observe(self.node_id, self._wall_ms, now)
+            service.observe_clock(self.node_id, self._wall_ms, now)
             self._say(logging.INFO, "leader.elected", f"leader of term {raft.term}", term=raft.term)
         if raft.leader != leader_before or raft.term != term_before:
             if raft.leader:

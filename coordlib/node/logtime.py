@@ -40,6 +40,11 @@ class LogClock:
         if logged_ms > self._last_ms:
             self._last_ms = logged_ms
 
+    @property
+    def is_set(self) -> bool:
+        """Whether what is read is a date. Before a quorum's clocks are known, the first leader of all can give none."""
+        return self._last_ms >= UNSET_MS_MAX or len(self._offsets) >= self._quorum
+
     def observe(self, voter: str, wall_ms: int, now_ms: int) -> None:
         """A voter's wall clock, as of about now."""
         self._offsets[voter] = wall_ms - now_ms

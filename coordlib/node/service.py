@@ -5,7 +5,7 @@ node's own application, a member's name, or a client's route as bytes. Answers l
 
 Invariant: a definite refusal is given only for a request of which no copy can have been appended by
 this leader, and, if it depends on the state, only once everything committed before this leader's term
-has been applied here (`is_ready`).
+has been applied here. Until then, and until the time of day is known, it is not `is_ready`, and requests are held.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class RequestService:
     # -- leadership ----------------------------------------------------------------------------------------
 
     def become_leader(self, now: int, noop_index: int, quorum: int) -> None:
-        """The node was elected; requests are held until its no-op is applied."""
+        """The node was elected; requests are held until its no-op is applied, and the time is known."""
         self._opened_at_index = noop_index
         self.is_ready = False
         self._last_tick = now
@@ -131,10 +131,24 @@ class RequestService:
         self._deadlines.clear()
         self._next_expiry = _NEVER
 
+    def observe_clock(self, voter: str, wall_ms: int, now: int) -> None:
+        """A voter's wall clock, as of about now. Of interest to a leader only."""
+        if self.log_clock is not None:
+            self.log_clock.observe(voter, wall_ms, now)
+            if not self.is_ready:
+                self._look_ready(now)
+
+    def _look_ready(self, now: int) -> None:
+        clock = self.log_clock
+        if clock is None or not self._machine.applied_index >= self._opened_at_index > 0:
+            return
+        clock.follow(self._machine.log_time_ms)
+        # Else what is logged would be dated to 1970, and an id with it. Every voter tells its clock once a second.
+        if clock.is_set:
+            self._become_ready(now)
+
     def _become_ready(self, now: int) -> None:
         self.is_ready = True
-        assert self.log_clock is not None
-        self.log_clock.follow(self._machine.log_time_ms)
         # TTL is a lower bound, counted anew by each leader; what an earlier leader logged as already
         # spent stays spent, so that frequent changes of leader do not keep the dead alive.
         for session in self._machine.sessions.live():
@@ -398,8 +412,7 @@ class RequestService:
         if not self._raft.is_leader:
             return
         if not self.is_ready:
-            if self._machine.applied_index >= self._opened_at_index > 0:
-                self._become_ready(now)
+            self._look_ready(now)
             return
         if self._clearing:
             for session in list(self._clearing):

@@ -43,7 +43,12 @@ class Leader:
             self.now += 700
             self.raft.tick(self.now)
             self.commit()
+        self.become_leader()
+
+    def become_leader(self, *, knows_time: bool = True) -> None:
         self.service.become_leader(self.now, self.raft.last_index, 1)
+        if knows_time:
+            self.service.observe_clock("n1", self.now, self.now)
 
     def commit(self) -> None:
         """What is in the log becomes durable and committed, but is not applied."""
@@ -135,6 +140,21 @@ def test_requests_are_held_until_the_leader_is_ready() -> None:
     leader = Leader()
     asked = leader.ask(RequestKind.QUERY, commands.query_len(b"m"))
     assert leader.replies() == {}
+    leader.apply()
+    assert leader.replies()[asked].status == ReplyStatus.OK
+
+
+def test_requests_are_held_until_the_time_is_known() -> None:
+    """What the first leader of a cluster logs before it has heard a quorum's clocks would be dated to 1970, ids among it."""
+    leader = Leader()
+    leader.become_leader(knows_time=False)
+    asked = leader.ask(RequestKind.QUERY, commands.query_len(b"m"))
+    leader.apply()
+    leader.service.settled(leader.now)
+    assert not leader.service.is_ready
+    assert leader.replies() == {}
+    leader.service.observe_clock("n1", 1_700_000_000_000, leader.now)
+    leader.commit()
     leader.apply()
     assert leader.replies()[asked].status == ReplyStatus.OK
 
@@ -314,7 +334,7 @@ def test_a_new_leader_counts_the_whole_ttl_or_what_was_logged() -> None:
     leader.pass_time(TTL_MS // 4 + 200)
     leader.apply()
     leader.service.lose_leadership("")
-    leader.service.become_leader(leader.now, leader.raft.last_index, 1)
+    leader.become_leader()
     leader.service.settled(leader.now)
     leader.pass_time(TTL_MS // 2 + 100)
     leader.apply()
