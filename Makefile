@@ -33,7 +33,7 @@ TWICE ?= 40
 simulate: $(STAMP)
 	$(PY) -m coordlib.testing.simulation --seeds $(SEEDS) --twice $(TWICE)
 
-# A hundred planted bugs, one at a time, until somebody notices each: half an hour on two cores. docs/planted-bugs.md
+# Planted bugs, one at a time, until somebody notices each: half an hour on two cores. docs/planted-bugs.md
 mutants: $(STAMP)
 	$(PY) -m tests.mutants
 
