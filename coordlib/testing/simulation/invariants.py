@@ -273,6 +273,8 @@ class Invariants:
             self._marks.hit("truncated_conflict")
             if len(terms) > 1:
                 self._marks.hit("truncated_two_terms")
+        if self._is_of_an_earlier_leader(disk, entries):
+            return
         kept = {entry.index: entry for entry in entries}
         for index in range(first, disk.last + 1):
             known = committed.get(index)
@@ -285,6 +287,21 @@ class Invariants:
                     f"{process.name} writes from {first} on and loses entry {index} of term {known.term}, "
                     "which is committed",
                 )
+
+    @staticmethod
+    def _is_of_an_earlier_leader(disk: _Disk, entries: Sequence[Entry]) -> bool:
+        """
+        Whether what conflicts was accepted from a leader later than what it replaces, and no later one has been heard durably.
+
+        On a slow disk it may be written after a still later leader has committed what it replaces. That one has not counted
+        on this disk: nothing is acknowledged in a term that is not durable. And that the leader whose entries these are
+        had all that was committed before its term is looked at when it is elected.
+        """
+        for entry in entries:
+            replaced = disk.terms.get(entry.index)
+            if replaced is not None and replaced != entry.term:
+                return replaced < entry.term and disk.hard_state.term <= entry.term
+        return False
 
     def wrote(self, process: MemberProcess, batch: Persist) -> None:
         """The storage said that this is durable."""

@@ -135,6 +135,7 @@ class Locks(Service):
         client = worker.take_client()
         worker.outstanding += 1
         floor = self._token
+        view = worker.process._kernel.session.view
 
         def ended(task: Task) -> None:
             key.ended_one(task, is_read=False)
@@ -146,7 +147,11 @@ class Locks(Service):
                 site.marks.hit("acquire_timed_out" if timeout else "acquire_refused_at_once")
             if isinstance(task.error, LockTimeout) and not timeout:
                 task.answered({"ok": False, "token": None})
-            elif task.outcome is Outcome.REFUSED and not isinstance(task.error, SessionExpired):
+            elif (
+                task.outcome is Outcome.REFUSED
+                and not isinstance(task.error, SessionExpired)
+                and view.state not in (SessionState.LOST, SessionState.CLOSED)
+            ):
                 task.refused()  # else it may have been granted, until the cluster knows that the session is over
             if task.outcome is Outcome.REFUSED:
                 worker.give_client(client)
