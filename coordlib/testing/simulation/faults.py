@@ -374,6 +374,10 @@ class FaultInjector:
         if self._rotten.pop(name, None) is not None:
             self.world.disks[name].repair()
 
+    def is_changed(self, name: str) -> bool:
+        """Whether the member has another content on its disk than it had left there, and has not started on it yet."""
+        return name in self._is_changed
+
     # -- healing -------------------------------------------------------------------------------------------
 
     def heal(self, keep_dead: Collection[str] = frozenset()) -> None:

@@ -223,6 +223,11 @@ class Invariants:
         if base:
             self._compare_state(process)
 
+    def is_behind(self, name: str) -> bool:
+        """Whether a fault has taken from the member's disk what it had acknowledged, and it has not got all of it again."""
+        disk = self._disks[name]
+        return disk.last < disk.forgotten
+
     def _check_recovered(self, name: str, disk: _Disk, group: RecoveredGroup, base: int) -> None:
         attempt = disk.attempt
         known, found = disk.hard_state, group.hard_state

@@ -232,11 +232,35 @@ class _Run:
         """Only a core majority is left, healed; the rest is gone for good."""
         world, names = self.world, list(self.world.members)
         chance = Choices(self.plan.seed).stream("core")
-        core = set(chance.sample(names, len(names) // 2 + 1))
+        core = self._sound(chance.sample(names, len(names) // 2 + 1))
         self.injector.heal(keep_dead=frozenset(name for name in names if name not in core))
         end = world.now + self.plan.liveness_ms
         self._probe_all()
         self._go_on_until(end)
+
+    def _sound(self, drawn: list[str]) -> set[str]:
+        """
+        A core of as many, without those that came back with less than they had acknowledged.
+
+        They must not vote before they have it again, and whoever could give it to them may be gone for good.
+        """
+        behind = {name for name in self.world.members if self._is_behind(name)}
+        others = [name for name in self.world.members if name not in drawn]
+        core = [name for name in (*drawn, *others) if name not in behind][: len(drawn)]
+        if len(core) == len(drawn):
+            return set(core)
+        self.injector.heal()
+        self._await(
+            QUIET_MS_MAX,
+            "who came back with less does not get it again",
+            lambda: not any(map(self._is_behind, behind)),
+        )
+        return set(drawn)
+
+    def _is_behind(self, name: str) -> bool:
+        raft = self.world.member(name).kernel.raft
+        is_barred = raft is not None and raft.is_barred
+        return is_barred or self.injector.is_changed(name) or self.invariants.is_behind(name)
 
     def _heal(self) -> None:
         world, workload = self.world, self.workload
