@@ -295,6 +295,31 @@ def test_a_legal_life_is_no_violation() -> None:
     assert cluster.marks.counts["lock_handed_over"] == 1
 
 
+def late_write(*, is_third_leader_heard: bool) -> None:
+    """Entry 2 of n1 in term 1 is replaced by n3's of term 2 on n1's slow disk only after n2 has committed it in term 3."""
+    cluster = begun()
+    first, other = command(1, 2), command(2, 2, b"other")
+    cluster.replicate(first, "n1", "n2")
+    cluster.kernel("n1").raft.is_leader = False
+    cluster.elect("n3", 2, ("n3", "n1"))
+    cluster.replicate(other, "n3")
+    cluster.kernel("n3").raft.is_leader = False
+    cluster.elect("n2", 3, ("n2", "n3"))
+    last = command(3, 3, b"last")
+    cluster.write("n3", first, last)
+    cluster.replicate(last, "n2")
+    cluster.commit("n2", 3)
+    if is_third_leader_heard:
+        cluster.kernel("n1").raft.term = 3
+        cluster.write("n1", state=HardState(3, ""))
+    cluster.write("n1", other)
+
+
+def test_a_late_write_of_an_earlier_leaders_entry_loses_nothing() -> None:
+    """Nobody counted on that disk: it has acknowledged nothing in the term of the leader who committed."""
+    late_write(is_third_leader_heard=False)
+
+
 # -- the wrong things ---------------------------------------------------------------------------------------
 
 
@@ -401,6 +426,10 @@ def one_entry_after_two_predecessors() -> None:
 
 def what_is_committed_is_replaced() -> None:
     begun().replicate(command(2, 1), "n3")
+
+
+def what_is_committed_is_replaced_by_whom_nobody_follows() -> None:
+    late_write(is_third_leader_heard=True)
 
 
 def what_is_committed_is_cut_off() -> None:
@@ -789,6 +818,7 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
     ),
     "commit safety": (
         what_is_committed_is_replaced,
+        what_is_committed_is_replaced_by_whom_nobody_follows,
         what_is_committed_is_cut_off,
         two_commit_differently,
         a_commit_index_that_falls,

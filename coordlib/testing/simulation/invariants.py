@@ -278,14 +278,15 @@ class Invariants:
             self._marks.hit("truncated_conflict")
             if len(terms) > 1:
                 self._marks.hit("truncated_two_terms")
-        if self._is_of_an_earlier_leader(disk, entries):
-            return
         kept = {entry.index: entry for entry in entries}
+        accepted_in = self._accepted_in(disk, entries)
         for index in range(first, disk.last + 1):
             known = committed.get(index)
             if known is None or disk.terms.get(index) != known.term:
                 continue  # a deposed leader may well have something else where the others go on
             entry = kept.get(index)
+            if 0 <= accepted_in < known.seen_term:
+                continue
             if entry is None or entry.term != known.term:
                 raise Violation(
                     "commit safety",
@@ -294,19 +295,18 @@ class Invariants:
                 )
 
     @staticmethod
-    def _is_of_an_earlier_leader(disk: _Disk, entries: Sequence[Entry]) -> bool:
+    def _accepted_in(disk: _Disk, entries: Sequence[Entry]) -> int:
         """
-        Whether what conflicts was accepted from a leader later than what it replaces, and no later one has been heard durably.
+        The term of the leader for whose entries others are replaced, if no later one has been heard durably; else none (-1).
 
-        On a slow disk it may be written after a still later leader has committed what it replaces. That one has not counted
-        on this disk: nothing is acknowledged in a term that is not durable. And that the leader whose entries these are
-        had all that was committed before its term is looked at when it is elected.
+        On a slow disk that may be written after a later leader has committed what it replaces. That one has not counted on this
+        disk: nothing is acknowledged in a term that is not durable.
         """
         for entry in entries:
             replaced = disk.terms.get(entry.index)
             if replaced is not None and replaced != entry.term:
-                return replaced < entry.term and disk.hard_state.term <= entry.term
-        return False
+                return entry.term if replaced < entry.term >= disk.hard_state.term else -1
+        return -1
 
     def wrote(self, process: MemberProcess, batch: Persist) -> None:
         """The storage said that this is durable."""
