@@ -39,6 +39,7 @@ class Peer:
         "is_up",
         "problem",
         "remembered",
+        "remembered_by",
         "status",
         "status_ms",
     )
@@ -50,6 +51,7 @@ class Peer:
         self.announced = (0, 0)  # (last term, last index) that we announced to it
         self.is_trusted = False
         self.remembered = (0, 0)  # (term, index) that its disk acknowledged to us
+        self.remembered_by = 0  # the incarnation that did
         self.is_behind = (
             False  # it came back with less than that: its vote is worth nothing until it has caught up
         )
@@ -130,7 +132,9 @@ class Peers:
         peer.is_trusted = False
         peer.problem = ""
         if not is_repeated:
-            peer.is_behind = (announce.last_term, announce.last_index) < peer.remembered
+            # What this very run of it has acknowledged since is not lost: the announcement is late.
+            is_late = peer.remembered_by == peer.incarnation
+            peer.is_behind = (announce.last_term, announce.last_index) < peer.remembered and not is_late
         if peer.is_behind and not is_repeated:
             self._say(
                 logging.ERROR,
@@ -235,6 +239,7 @@ class Peers:
         peer = self.known[name]
         if (term, index) >= peer.remembered:
             peer.remembered = (term, index)
+            peer.remembered_by = peer.incarnation
             peer.is_behind = False
 
     # -- formation -----------------------------------------------------------------------------------------

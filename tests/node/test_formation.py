@@ -12,7 +12,9 @@ from coordlib.cbor import decode
 from coordlib.errors import StartError
 from coordlib.machine import commands
 from coordlib.machine.effects import Applied
+from coordlib.node.peers import Peers
 from coordlib.raft.messages import Entry, EntryKind
+from coordlib.storage.base import DiskIdentity
 from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.processes import WALL_MS, MemberProcess
 from coordlib.testing.simulation.surroundings import NetworkProfile
@@ -343,3 +345,25 @@ def test_the_first_commands_of_a_new_cluster_are_dated_right(world: World) -> No
     # Three sessions, each applied by three members.
     assert world.run(PATIENCE_MS, lambda: len(dates) >= 9)
     assert all(abs(date - WALL_MS) < 60_000 for date in dates), dates
+
+
+@pytest.mark.parametrize("is_same_run", [True, False])
+def test_only_another_run_can_have_lost_what_was_acknowledged(is_same_run: bool) -> None:
+    """An announcement that arrives after what the same run has acknowledged since is late, and no lost disk."""
+    disks = (("n1", b"1" * 16), ("n2", b"2" * 16))
+    identity = DiskIdentity(1, "n1", b"1" * 16, "shop", b"c" * 16, disks)
+    peers = Peers(
+        "n1",
+        dict.fromkeys(("n1", "n2"), ""),
+        identity,
+        wants_bootstrap=False,
+        random_bytes=lambda size: b"r" * size,
+        events=[],
+    )
+    other = peers.known["n2"]
+    other.incarnation = 7
+    peers.acknowledged("n2", 2, 86)
+    other.incarnation = 7 if is_same_run else 8
+    ours = peers.announce_to("n2", 2, 2, 86)
+    peers.heard("n2", ours._replace(disk_id=b"2" * 16, term=0, last_term=0, last_index=0, wants_answer=False))
+    assert other.is_behind is not is_same_run
