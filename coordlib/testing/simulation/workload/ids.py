@@ -314,8 +314,10 @@ class Ids(Service):
         if window is None or info.worker != window.worker or layout.on_overflow != "borrow":
             return False
         last = handle.generator.parts(max(handle.last, 0))[0] >> layout.sequence_bits
-        is_within = max(info.now_unit, last) + 2 < window.until
-        return is_within and last - info.now_unit < 1000 // layout.unit_ms - 2
+        # A clock that steps back between the request and the grant is before the window: to be borrowed from it, too.
+        first = max(last, window.begin)
+        is_within = max(info.now_unit, first) + 2 < window.until
+        return is_within and first - info.now_unit < 1000 // layout.unit_ms - 2
 
     def _look_at_pause(self, handle: Handle) -> None:
         window = handle.window
