@@ -92,7 +92,8 @@ class LoopDisk:
         await self._mount()
 
     async def _mount(self) -> None:
-        await command("mount", self._device, str(self._mounted))
+        # ext4 else writes what nobody has fsynced every five seconds, and a cut just after that loses nothing.
+        await command("mount", "-o", "commit=600", self._device, str(self._mounted))
 
     async def _unmount(self) -> None:
         # The last descriptors of a killed process are closed after its parent hears of its end.
