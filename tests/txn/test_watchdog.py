@@ -135,3 +135,12 @@ def test_a_server_that_only_listens_is_not_waited_for(tmp_path: Any, names: Name
             stock.open(names.cluster)
     assert PostgreSQL("orders", "dbname=shop")._parameters == {"connect_timeout": 5}
     assert PostgreSQL("orders", "dbname=shop connect_timeout=9")._parameters == {}
+
+
+def test_a_forked_child_does_not_wait_for_a_lock_that_its_parent_held() -> None:
+    """Whoever held it is not in the child."""
+    watchdog = Watchdog()
+    watchdog._pid = -1  # as in a child
+    watchdog._lock.acquire()
+    watchdog.unwatch(1)
+    assert watchdog._pid == os.getpid()

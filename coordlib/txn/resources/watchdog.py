@@ -54,21 +54,27 @@ class Watchdog:
         Raises:
             OSError: It is closed.
         """
-        if self._pid != os.getpid():
-            self._forget_all()
+        self._leave_the_parents()
         watched = _Watched(file, os.fstat(file).st_ino, monotonic() + seconds)
         number = next(self._numbers)
         with self._lock:
-            self._watched[number] = watched
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="coordlib-watchdog", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="coordlib-watchdog", daemon=True)
+                thread.start()  # where that fails, the next one tries again
+                self._thread = thread
+            self._watched[number] = watched
         return number
 
     def unwatch(self, number: int) -> None:
         """Nothing if it was broken, or is not watched any more."""
+        self._leave_the_parents()
         with self._lock:
             self._watched.pop(number, None)
+
+    def _leave_the_parents(self) -> None:
+        # Of the parent's lock nobody knows who held it.
+        if self._pid != os.getpid():
+            self._forget_all()
 
     def _work(self) -> None:
         pause, idle_looks = threading.Event(), 0
