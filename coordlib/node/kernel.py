@@ -664,6 +664,7 @@ class MemberKernel:
             meta.index,
             self.machine.applied_index,
         )
+        self.raft.applied_to(meta.index)
         self._members_changed()
         self._out.disk.append(CompactLog(meta.index))
 

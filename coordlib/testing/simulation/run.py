@@ -292,9 +292,7 @@ class _Run:
             and members[0].kernel.machine.applied_index >= self.invariants.committed_max
             # A request whose caller has given it up may come late, and is proposed all the same.
             and not any(
-                # Of the machine: the core hears of an installed snapshot with what is applied next.
-                p.kernel.raft and p.kernel.raft.last_index > p.kernel.machine.applied_index
-                for p in members
+                p.kernel.raft and p.kernel.raft.last_index > p.kernel.raft.applied_index for p in members
             )
             # The sessions of the dead have ended, and with them all that they held and waited for.
             and len(members[0].kernel.machine.sessions) <= sum(p.is_up for p in world.processes.values())
