@@ -172,15 +172,9 @@ def _ids_arguments(parser: argparse.ArgumentParser) -> None:
             help="by default decimal",
         )
     skip = action("skip", "after a restore from back-up, mint no id that the original may have minted")
-    skip.add_argument(
-        "--original-is-stopped",
-        action="store_true",
-        help="confirms that no member and no application of the original runs any more",
-    )
-    skip.add_argument(
-        "--not-before",
-        metavar="TIME",
-        help="up to when the original ran, by the time of its ids, if that may be later than what the clocks here say: "
+    _restore_arguments(
+        skip,
+        "up to when the original ran, by the time of its ids, if that may be later than what the clocks here say: "
         "in ms since 1970, or as `coordlib ids inspect` shows it for the newest id there is",
     )
 
@@ -215,15 +209,9 @@ def _tx_arguments(parser: argparse.ArgumentParser) -> None:
     skip = action(
         "skip", "after a restore from back-up, presume nothing of what the original may have decided"
     )
-    skip.add_argument(
-        "--original-is-stopped",
-        action="store_true",
-        help="confirms that no member and no application of the original runs any more",
-    )
-    skip.add_argument(
-        "--not-before",
-        metavar="TIME",
-        help="up to when the original ran, by its own clocks, if that may be later than what the clocks here say: in ms "
+    _restore_arguments(
+        skip,
+        "up to when the original ran, by its own clocks, if that may be later than what the clocks here say: in ms "
         "since 1970, or like 2026-01-31T23:59:59Z",
     )
     for sub in (resolve, forget):
@@ -232,6 +220,16 @@ def _tx_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "transaction", metavar="ID", help="32 hexadecimal digits, or the name in pg_prepared_xacts"
         )
+
+
+def _restore_arguments(parser: argparse.ArgumentParser, not_before: str) -> None:
+    """What is confirmed after a restore from back-up."""
+    parser.add_argument(
+        "--original-is-stopped",
+        action="store_true",
+        help="confirms that no member and no application of the original runs any more",
+    )
+    parser.add_argument("--not-before", metavar="TIME", help=not_before)
 
 
 def _attach_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -76,7 +77,7 @@ class _Journal:
     def close(self) -> None: ...
 
 
-class _Database:
+class _Database(ABC):
     """A server of the service's own, which is started here; both kinds."""
 
     words: str
@@ -92,19 +93,21 @@ class _Database:
             raise
 
     @property
+    @abstractmethod
     def arguments(self) -> list[str]:
-        raise NotImplementedError
+        """See `Store`."""
 
+    @abstractmethod
     def _create(self) -> None:
-        raise NotImplementedError
+        """The table."""
 
+    @abstractmethod
     def _connect(self) -> Any:
         """A connection as the driver makes it: what both drivers have is used of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prepared(self) -> str:
         """The statement that lists what has promised."""
-        raise NotImplementedError
 
     def await_promised(self, service: Application, order: str) -> None:
         self._await(service, order, "promises", lambda: len(self._rows(self._prepared())) == 1)
