@@ -102,9 +102,9 @@ class _Handle:
             bind: Where to listen, if that differs from this member's endpoint (behind NAT): "tcp://0.0.0.0:7400".
             isolation: "thread" runs the node on a thread of this process, "process" in a process of its own that
                 lives as long as this one: for applications with CPU-bound threads.
-            bootstrap: Form a new cluster as soon as a quorum of empty members is there, not only when all are. For one member
-                only: two that cannot hear each other while each hears a quorum form two, of which at most one can elect a
-                leader; the members of the other say so, and must be given empty directories.
+            bootstrap: Form a new cluster as soon as a quorum of empty members is there, not only when all are. Several members
+                may be given it, and form one cluster. It says that those who are missing hold no cluster's data: never
+                give it to replace lost directories of a cluster that has run.
             reads: "lease" lets the leader answer linearizable reads while a majority's promise not to elect another
                 holds, which relies on clocks whose rates differ by less than `drift_bound`; "quorum" asks a majority
                 for every (batch of) reads and relies on no clock.

@@ -563,6 +563,7 @@ class MemberDriver(Driver):
             head = f"no quorum within {seconds:g} s: a leader needs {count // 2 + 1} of {count} members"
         else:
             reasons.extend(peer.problem for peer in kernel.peers.known.values() if peer.problem)
+            reasons.extend(kernel.peers.awaited())
             head = (
                 f"no cluster within {seconds:g} s: a new one forms when all {len(settings.members)} members run at "
                 "once for the first time (or a quorum of them, one with bootstrap=True)"

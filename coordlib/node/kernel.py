@@ -143,9 +143,7 @@ class MemberKernel:
         if identity.cluster_uuid:
             self._start_raft(recovered, snapshot, now)
         else:
-            found = self.peers.try_alone()
-            if found is not None:
-                self._pending_identity = found
+            self._try_to_form()
 
     # -- start ---------------------------------------------------------------------------------------------
 
@@ -220,10 +218,11 @@ class MemberKernel:
         return self.session.view.session_id != 0 and bool(self.leader)
 
     def identity_stored(self, now: int) -> None:
-        """The identity asked for by an effect is on the disk: from here on this node belongs to a cluster."""
-        self._start_raft(None, (), now)
-        for name, message in self.peers.formed():
-            self._send(name, message)
+        """The identity asked for by an effect is on the disk: whom this node backs, or that it belongs to a cluster."""
+        if self.peers.is_formed:
+            self._start_raft(None, (), now)
+            for name, message in self.peers.formed():
+                self._send(name, message)
         for name, peer in self.peers.known.items():
             if peer.is_up:
                 self._announce(name)
@@ -294,10 +293,9 @@ class MemberKernel:
 
     def _on_announce(self, name: str, message: Announce, now: int, *, is_repeated: bool = False) -> None:
         result = self.peers.heard(name, message, is_repeated=is_repeated)
-        if isinstance(result, DiskIdentity):
-            self._pending_identity = result
-        elif result is not None:
+        if result is not None and self._pending_identity is None:
             self._send(name, result)
+        self._try_to_form()
         peer = self.peers.known[name]
         if peer.is_trusted and peer.is_up and not is_repeated:
             self.calls.link_up(name)
@@ -326,6 +324,11 @@ class MemberKernel:
             self.raft.report_reachable(name)
             if peer.is_behind and not is_repeated:
                 self.raft.report_lost(name, message.last_index)
+
+    def _try_to_form(self, *, has_waited: bool = False) -> None:
+        identity = self.peers.try_to_form(has_waited=has_waited)
+        if identity is not None:
+            self._pending_identity = identity
 
     def _believe_vouched(self, now: int) -> None:
         """Take what members announced whose disks were not known then, and now are."""
@@ -565,9 +568,7 @@ class MemberKernel:
                 self._announce(name)
         if not self.is_formed:
             # At the second round at the earliest: at the first, with which a node begins, nobody has answered.
-            found = self.peers.try_to_bootstrap()
-            if found is not None:
-                self._pending_identity = found
+            self._try_to_form(has_waited=True)
 
     # -- output --------------------------------------------------------------------------------------------
 
@@ -797,6 +798,8 @@ class MemberKernel:
                     self._send(source, Replies(part))
 
     def _announce(self, name: str) -> None:
+        if self._pending_identity is not None:
+            return  # what it says must be on the disk first; then all are told
         raft = self.raft
         if raft is None:
             message = self.peers.announce_to(name, 0, 0, 0)

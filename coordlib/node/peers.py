@@ -1,12 +1,20 @@
 """Who the peers are, whether their disks are the ones this cluster knows, and how a cluster forms. Sans-I/O.
 
-Formation: a node with an empty disk asks every configured member. If one belongs to a cluster already
-and knows this node's disk (or has never seen one of it), the node joins that cluster. If *every* member
-answered and all are empty, the member with the lowest name makes a cluster id and writes it down together
-with every member's disk id; the others join it by the rule above, on its word (FORM). Nothing else forms a cluster, so a wiped
-directory never does: a member that was formed names another disk for it. With `bootstrap=True` a quorum of
-empty members is enough, once the others have had a second to answer: two that both bootstrap must have heard of
-each other to agree on who does. The disks not seen yet are recorded through the log before they count.
+Formation: a node with an empty disk asks every configured member. If one belongs to a cluster already and knows
+this node's disk (or has never seen one of it), the node joins that cluster. If *every* member answered and all are
+empty, the member with the lowest name is a candidate; with `bootstrap=True` any member is to which a quorum of
+empty members has answered, once the others have had a second to. A member backs one candidate (a candidate itself),
+writes down whom, and then says so; one that a quorum backs, itself included, makes a cluster id and writes it down
+together with every disk id it has heard of. The others join it by the rule above, on its word (FORM). The disks not
+seen by then are recorded through the log before they count. Nothing else forms a cluster, so a wiped directory never
+does: a member that was formed names another disk for it.
+
+A candidate that hears of one with a lower name backs that one, and is none itself any more, for ever. Those who
+had backed it may then back another; nobody else ever may. The lowest that ever was a candidate stays one.
+
+Invariant: one cluster forms at most, as long as no disk is lost before it has. Of two that formed one, some member
+backed both, or was one and backed the other. It went from the first to the second after the first had written down
+that it backs another: so the first was no candidate any more, and never became one again.
 
 Invariant: no Raft message of a peer reaches the core unless the peer announced, in this incarnation, this
 cluster's id and the disk id that this cluster knows for its name.
@@ -77,6 +85,8 @@ class Peers:
         events: list[LogEvent],
     ) -> None:
         self.node_id = node_id
+        if identity.backs not in members:
+            identity = identity._replace(backs="")  # given with another list of members, which counts no more
         self.identity = identity
         self.known = {name: Peer() for name in sorted(members) if name != node_id}
         self._members = sorted(members)
@@ -109,6 +119,7 @@ class Peers:
             remembered_term=remembered[0],
             remembered_index=remembered[1],
             wants_answer=self.is_unheard(name),
+            backs=self.identity.backs,
         )
 
     def is_unheard(self, name: str) -> bool:
@@ -116,13 +127,11 @@ class Peers:
         announce = self.known[name].announce
         return self.is_formed and (announce is None or not announce.cluster_uuid)
 
-    def heard(
-        self, name: str, announce: Announce, *, is_repeated: bool = False
-    ) -> Refusal | Form | DiskIdentity | None:
+    def heard(self, name: str, announce: Announce, *, is_repeated: bool = False) -> Refusal | Form | None:
         """
         Take a peer's announcement, or take it again (`is_repeated`): its disk has gone on since.
 
-        Returns what to send to it, or the identity to write down (this node forms a cluster), or None.
+        Returns what to send to it, or None. A node that belongs to no cluster then looks whether one can form (`try_to_form`).
 
         Raises:
             StartError: This node must stop: the peer shows that its disk or its settings are wrong.
@@ -151,11 +160,9 @@ class Peers:
             self._say(logging.ERROR, "members.differ", peer.problem, peer=name)
             return None
         if not announce.cluster_uuid:
-            if self.is_formed:
-                return self._judge_disk(name, announce) or Form(
-                    self.identity.cluster_uuid, self.identity.disks
-                )
-            return self._try_to_form()
+            if not self.is_formed:
+                return None
+            return self._judge_disk(name, announce) or Form(self.identity.cluster_uuid, self.identity.disks)
         if self.is_formed and announce.cluster_uuid != self.identity.cluster_uuid:
             # What another cluster knows of disks says nothing about ours: a stranger must not stop a healthy member.
             peer.problem = (
@@ -244,43 +251,59 @@ class Peers:
 
     # -- formation -----------------------------------------------------------------------------------------
 
-    def try_to_bootstrap(self) -> DiskIdentity | None:
-        """Whoever is there has had the time to answer: form a cluster with a quorum, if that was asked for."""
-        if self.is_formed or not self._wants_bootstrap:
-            return None
-        return self._try_to_form(is_quorum_enough=True)
+    def try_to_form(self, *, has_waited: bool = False) -> DiskIdentity | None:
+        """
+        Back a candidate, become one, or form the cluster, if what the others have announced allows it.
 
-    def _try_to_form(self, *, is_quorum_enough: bool = False) -> DiskIdentity | None:
-        answered = {name for name, peer in self.known.items() if peer.announce and not peer.problem}
-        if any(peer.announce is not None and peer.announce.cluster_uuid for peer in self.known.values()):
+        Args:
+            has_waited: Whoever is there has had the time to answer: a quorum may do, if that was asked for.
+
+        Returns:
+            The identity to write down before anything more is announced; None if nothing has changed.
+        """
+        if self.is_formed or any(
+            p.announce is not None and p.announce.cluster_uuid for p in self.known.values()
+        ):
             return None  # there is a cluster: its members decide whether we belong to it
-        if len(answered) == len(self.known):
-            if self.node_id != self._members[0]:
-                return None
-        elif is_quorum_enough:
-            if len(answered) + 1 < len(self._members) // 2 + 1:
-                return None
-            others = (n for n in answered if self.known[n].announce.wants_bootstrap)  # type: ignore[union-attr]  # answered
-            if any(other < self.node_id for other in others):
-                return None
-        else:
+        heard = {n: p.announce for n, p in self.known.items() if p.announce is not None and not p.problem}
+        candidate = min((name for name, announce in heard.items() if announce.backs == name), default="")
+        if candidate and self._may_back(candidate, heard):
+            self.identity = self.identity._replace(backs=candidate)
+            return self.identity
+        backed = self.identity.backs
+        if backed not in ("", self.node_id):
             return None
+        quorum = len(self._members) // 2 + 1
+        backers = [announce for announce in heard.values() if announce.backs == self.node_id]
+        # Who backs this node forms nothing itself any more: what it was asked for, this node does.
+        wants_bootstrap = self._wants_bootstrap or any(announce.wants_bootstrap for announce in backers)
+        is_complete = len(heard) == len(self.known)
+        if not backed:
+            is_lowest = is_complete and self.node_id == self._members[0]
+            if not is_lowest and not (wants_bootstrap and has_waited and len(heard) + 1 >= quorum):
+                return None
+            self.identity = self.identity._replace(backs=self.node_id)
+        if len(backers) + 1 < quorum or not (is_complete or wants_bootstrap):
+            return None if backed else self.identity
         disks = tuple(
             (name, self.identity.disk_id if name == self.node_id else self._announced_disk(name))
             for name in self._members
         )
         return self._adopt(self._random_bytes(16), disks, "formed a new cluster")
 
+    def _may_back(self, candidate: str, heard: Mapping[str, Announce]) -> bool:
+        """Whom this node backs may count on it, until it has said that it backs another itself."""
+        backed = self.identity.backs
+        if backed == self.node_id:
+            return candidate < backed  # never upwards: so one candidate always remains
+        return not backed or (backed in heard and heard[backed].backs not in ("", backed))
+
     def _announced_disk(self, name: str) -> bytes:
         announce = self.known[name].announce
         return announce.disk_id if announce is not None else b""
 
-    def try_alone(self) -> DiskIdentity | None:
-        """A cluster of one forms at once."""
-        return None if self.known or self.is_formed else self._try_to_form()
-
     def _adopt(self, cluster_uuid: bytes, disks: tuple[tuple[str, bytes], ...], how: str) -> DiskIdentity:
-        self.identity = self.identity._replace(cluster_uuid=cluster_uuid, disks=disks)
+        self.identity = self.identity._replace(cluster_uuid=cluster_uuid, disks=disks, backs="")
         self.disks = dict(disks)
         self._wants_bootstrap = False
         self._say(
@@ -311,7 +334,17 @@ class Peers:
                 lines.append(peer.problem)
             elif peer.announce is None:
                 lines.append(f"member {name!r} has not answered")
-        return lines
+        return [*lines, *self.awaited()]
+
+    def awaited(self) -> list[str]:
+        """That this node waits for one certain member to form the cluster, and does not hear of it; else nothing."""
+        backed = self.identity.backs
+        if not backed or backed == self.node_id or self.known[backed].announce is not None:
+            return []
+        return [
+            f"this node has left it to member {backed!r} to form the cluster, and waits for it: start that member, on an "
+            "empty directory if it has lost its own"
+        ]
 
     def _say(self, level: int, name: str, message: str, **fields: object) -> None:
         self._events.append(LogEvent(level, name, message, fields))

@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 
 
 class DiskIdentity(NamedTuple):
-    """Whose disk this is. Written once when the directory is empty; only the last two fields change later."""
+    """Whose disk this is. Written once when the directory is empty; only the last three fields change later."""
 
     format_version: int
     node_id: str
@@ -53,6 +53,7 @@ class DiskIdentity(NamedTuple):
     cluster_name: str
     cluster_uuid: bytes  # b"" = belongs to no cluster yet
     disks: tuple[tuple[str, bytes], ...]  # the initial members' disk ids as formed; b"" = not seen
+    backs: str = ""  # before that: who may form the cluster as far as this member goes (ADR 4)
 
 
 class Persist(NamedTuple):
@@ -144,7 +145,7 @@ class LogStorage(Protocol):
         """
 
     def set_identity(self, identity: DiskIdentity) -> None:
-        """Replace the identity durably and atomically; only `cluster_uuid` and `disks` may differ."""
+        """Replace the identity durably and atomically; only `cluster_uuid`, `disks` and `backs` may differ."""
 
     def write(self, batch: Sequence[Persist]) -> None:
         """

@@ -6,8 +6,8 @@ Disk::
                8  version   4   format version of the whole directory, little-endian
               12  size      4   of the body
               16  checksum  4   crc32 of bytes 0..16 and the body
-              20  body          canonical CBOR [node_id, disk_id, cluster_name, cluster_uuid, disks],
-                                  disks = [[node_id, disk_id], ...]
+              20  body          canonical CBOR [node_id, disk_id, cluster_name, cluster_uuid, disks, backs],
+                                  disks = [[node_id, disk_id], ...]; backs is left out when it is ""
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ _CHECKSUM = struct.Struct("<I")
 
 
 def encode_identity(identity: DiskIdentity) -> bytes:
-    body = cbor.encode_canonical(
-        [
-            identity.node_id,
-            identity.disk_id,
-            identity.cluster_name,
-            identity.cluster_uuid,
-            [[node_id, disk_id] for node_id, disk_id in identity.disks],
-        ]
-    )
+    fields: list[object] = [
+        identity.node_id,
+        identity.disk_id,
+        identity.cluster_name,
+        identity.cluster_uuid,
+        [[node_id, disk_id] for node_id, disk_id in identity.disks],
+    ]
+    if identity.backs:
+        fields.append(identity.backs)
+    body = cbor.encode_canonical(fields)
     header = _HEADER.pack(_MAGIC, identity.format_version, len(body))
     return header + _CHECKSUM.pack(crc32(body, crc32(header))) + body
 
@@ -72,9 +73,15 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
             format_version=version,
         )
     try:
-        node_id, disk_id, cluster_name, cluster_uuid, disks = cbor.decode(body)
+        node_id, disk_id, cluster_name, cluster_uuid, disks, *backs = cbor.decode(body)
         return DiskIdentity(
-            version, node_id, disk_id, cluster_name, cluster_uuid, tuple((node, disk) for node, disk in disks)
+            version,
+            node_id,
+            disk_id,
+            cluster_name,
+            cluster_uuid,
+            tuple((node, disk) for node, disk in disks),
+            *backs,
         )
     except (cbor.CBORError, ValueError, TypeError) as exc:
         raise damaged from exc

@@ -139,7 +139,9 @@ class MemoryStorage:
     def set_identity(self, identity: DiskIdentity) -> None:
         self._check()
         assert self._identity is not None
-        invariant(identity[:4] == self._identity[:4], "only cluster_uuid and disks of an identity may change")
+        invariant(
+            identity[:4] == self._identity[:4], "only cluster_uuid, disks and backs of an identity may change"
+        )
         self._identity = identity
 
     def write(self, batch: Sequence[Persist]) -> None:

@@ -524,7 +524,9 @@ class SegmentStorage:
     def set_identity(self, identity: DiskIdentity) -> None:
         if self._refusal is not None:
             self._refuse()
-        invariant(identity[:4] == self._identity[:4], "only cluster_uuid and disks of an identity may change")
+        invariant(
+            identity[:4] == self._identity[:4], "only cluster_uuid, disks and backs of an identity may change"
+        )
         try:
             write_identity(self._fs, self._directory, identity)
         except OSError as exc:

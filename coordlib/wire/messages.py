@@ -109,6 +109,7 @@ class Announce(NamedTuple):
     remembered_term: int  # what this node remembers the *receiver's* disk to have acknowledged; 0, 0 = none
     remembered_index: int
     wants_answer: bool  # the sender has not heard from the receiver's disk yet: what was announced was lost
+    backs: str  # who may form the cluster as far as the sender goes; itself: a candidate; "": not decided, or formed
 
 
 class Form(NamedTuple):

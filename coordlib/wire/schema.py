@@ -128,6 +128,7 @@ LIMITS: dict[tuple[str, str], int] = {
     ("Announce", "disk_id"): 64,
     ("Announce", "members_digest"): 64,
     ("Announce", "known_disks"): _MEMBERS_MAX,
+    ("Announce", "backs"): _NAME_MAX,
     ("Form", "cluster_uuid"): 64,
     ("Form", "disks"): _MEMBERS_MAX,
     ("Refusal", "code"): 64,

@@ -51,6 +51,7 @@ INVARIANTS = frozenset(
         "leader completeness",
         "log matching",
         "match index",
+        "one cluster",
         "one holder",
         "one outcome",
         "one vote",

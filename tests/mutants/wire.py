@@ -41,6 +41,30 @@ MUTANTS = (
         tests=("tests/node/test_formation.py",),
     ),
     Mutant(
+        "two-are-let-form-a-cluster",
+        "Consul and RabbitMQ (split cluster formation): two nodes each form a cluster, with a third that said yes to both",
+        (
+            replace(
+                "coordlib.node.peers:Peers._may_back",
+                "        return not backed or (",
+                "        return not backed or (backed != candidate and _mutant_hit()) or (",
+            ),
+        ),
+        tests=("tests/node/test_forming.py",),
+    ),
+    Mutant(
+        "hearing-a-quorum-is-enough-to-form",
+        "Consul (bootstrap-expect), RabbitMQ: who hears a quorum forms a cluster, and so does another that hears one",
+        (
+            replace(
+                "coordlib.node.peers:Peers.try_to_form",
+                "        if len(backers) + 1 < quorum or ",
+                "        if len(backers) + 1 < quorum and not _mutant_hit() or ",
+            ),
+        ),
+        tests=("tests/node/test_forming.py",),
+    ),
+    Mutant(
         "messages-of-an-earlier-run-are-taken",
         "etcd, ZeroMQ: what a dead process left in a queue speaks for the one that runs now",
         (

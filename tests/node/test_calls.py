@@ -534,7 +534,7 @@ class Village:
         return self.world.processes[name].kernel.session.id
 
     def settle(self) -> bool:
-        """Everybody has a session, and every member knows the way to all that are connected to it."""
+        """Everybody has a session, members are connected to each other and know the way to all that are connected to them."""
         processes = [p for p in self.world.processes.values() if p.is_up]
         members = {p.name: p for p in processes if isinstance(p, MemberProcess)}
 
@@ -543,7 +543,9 @@ class Village:
             return session > 0 and all(session in members[name].kernel.calls._way_to for name in near)
 
         def is_settled() -> bool:
-            return all(p.kernel.reachable_members() and is_known(p) for p in processes)
+            return all(p.kernel.reachable_members() and is_known(p) for p in processes) and all(
+                len(p.kernel.reachable_members()) == len(members) - 1 for p in members.values()
+            )
 
         return self.world.run(30_000, is_settled)
 

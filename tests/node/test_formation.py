@@ -9,9 +9,11 @@ import pytest
 
 from coordlib.api.maps import _MapBase
 from coordlib.cbor import decode
+from coordlib.config import Timing
 from coordlib.errors import StartError
 from coordlib.machine import commands
 from coordlib.machine.effects import Applied
+from coordlib.node.kernel import MemberKernel
 from coordlib.node.peers import Peers
 from coordlib.raft.messages import Entry, EntryKind
 from coordlib.storage.base import DiskIdentity
@@ -19,7 +21,7 @@ from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.processes import WALL_MS, MemberProcess
 from coordlib.testing.simulation.surroundings import NetworkProfile
 from coordlib.testing.simulation.world import World
-from coordlib.wire.messages import Announce, Refusal
+from coordlib.wire.messages import Announce, Form, Refusal
 
 PATIENCE_MS = 15_000
 
@@ -342,7 +344,6 @@ def test_the_first_commands_of_a_new_cluster_are_dated_right(world: World) -> No
 
     world.on_applied = opened
     # Three sessions, each applied by three members.
-    # Three sessions, each applied by three members.
     assert world.run(PATIENCE_MS, lambda: len(dates) >= 9)
     assert all(abs(date - WALL_MS) < 60_000 for date in dates), dates
 
@@ -367,3 +368,43 @@ def test_only_another_run_can_have_lost_what_was_acknowledged(is_same_run: bool)
     ours = peers.announce_to("n2", 2, 2, 86)
     peers.heard("n2", ours._replace(disk_id=b"2" * 16, term=0, last_term=0, last_index=0, wants_answer=False))
     assert other.is_behind is not is_same_run
+
+
+def test_nobody_is_invited_before_the_cluster_is_on_the_disk() -> None:
+    """Announcements that come at once: the first decides that a cluster forms, the others are answered when it is written."""
+    members = dict.fromkeys(("n1", "n2", "n3"), "")
+    kernel = MemberKernel(
+        node_id="n1",
+        members=members,
+        timing=Timing(),
+        identity=DiskIdentity(1, "n1", b"1" * 16, "shop", b"", ()),
+        recovered=None,
+        snapshot=(),
+        random_bytes=lambda size: b"r" * size,
+        random_ticks=lambda low, high: low,
+        now=0,
+    )
+    other = Peers(
+        "n2",
+        members,
+        DiskIdentity(1, "n2", b"2" * 16, "shop", b"", (), "n1"),
+        wants_bootstrap=True,
+        random_bytes=lambda size: b"r" * size,
+        events=[],
+    )
+    kernel.peer_up("n2", 1, 0)
+    kernel.peer_incarnation("n2", 1)
+    kernel.tick(0, 0)
+    announce = (0, other.announce_to("n1", 0, 0, 0))
+    kernel.peer_messages("n2", [announce], 10)
+    assert kernel.collect(10) is not None
+    kernel.tick(2000, 0)
+    kernel.peer_messages("n2", [announce, announce], 2000)
+    effects = kernel.collect(2000)
+    assert effects is not None and effects.identity is not None and effects.identity.cluster_uuid
+    sent = [message for messages in effects.sends.values() for _, message in messages]
+    assert not any(isinstance(message, Form) or message.cluster_uuid for message in sent), sent
+    kernel.identity_stored(2000)
+    effects = kernel.collect(2000)
+    assert effects is not None
+    assert [type(message) for _, message in effects.sends["n2"]][:2] == [Form, Announce]

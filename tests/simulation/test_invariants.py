@@ -30,7 +30,7 @@ from coordlib.raft.messages import (
     SnapshotMeta,
     VoteReply,
 )
-from coordlib.storage.base import Persist, RecoveredGroup
+from coordlib.storage.base import DiskIdentity, Persist, RecoveredGroup
 from coordlib.testing.disk import PendingChange
 from coordlib.testing.simulation import decisions, invariants, marks, model
 from coordlib.testing.simulation.invariants import ROUNDS_MAX, Impostor, Invariants, Violation, watched_reads
@@ -695,6 +695,31 @@ def an_alarm_without_a_cause() -> None:
     cluster.seen.events(cluster.members["n2"], is_any_disk_spoiled=False)
 
 
+def identities(*identities: DiskIdentity) -> None:
+    """What members write down of the cluster that forms, one after the other."""
+    seen = Cluster().seen
+    for identity in identities:
+        member: Any = Member(identity.node_id)
+        seen.identified(member, identity)
+
+
+def founder(name: str, *, backs: str = "", cluster: bytes = b"") -> DiskIdentity:
+    return DiskIdentity(1, name, name.encode() * 8, "shop", cluster, (), backs)
+
+
+def two_clusters() -> None:
+    identities(founder("n1", backs="n1"), founder("n1", cluster=b"1"), founder("n3", cluster=b"3"))
+
+
+def a_candidate_that_was_none_any_more() -> None:
+    identities(founder("n2"), founder("n2", backs="n2"), founder("n2", backs="n1"), founder("n2", backs="n2"))
+
+
+def an_impostor_that_helps_to_form_a_cluster() -> None:
+    member: Any = Member("n1")
+    Impostor().identified(member, founder("n1", backs="n2"))
+
+
 def an_impostor_that_writes() -> None:
     member: Any = Member("n1")
     Impostor().writing(member, Persist(0, HardState(1, "n2"), []))
@@ -879,7 +904,13 @@ VIOLATIONS: Final[dict[str, tuple[Callable[[], None], ...]]] = {
     "current read": (a_read_from_before,),
     "session belief": (a_session_that_ends_under_its_owner,),
     "busy loop": (a_process_that_never_rests,),
-    "impostor": (an_impostor_that_writes, an_impostor_that_speaks, an_impostor_that_applies),
+    "one cluster": (two_clusters, a_candidate_that_was_none_any_more),
+    "impostor": (
+        an_impostor_that_helps_to_form_a_cluster,
+        an_impostor_that_writes,
+        an_impostor_that_speaks,
+        an_impostor_that_applies,
+    ),
     "false alarm": (an_alarm_without_a_cause,),
     "left behind": (a_wait_that_nobody_ends,),
 }

@@ -74,7 +74,9 @@ EXAMPLES: list[Message] = [
     StatusQuery(9),
     StatusReply(9, b"\xa0"),
     Refusal("wiped-disk", "This node's disk was wiped: remove it from the cluster, then add it again."),
-    Announce(b"u" * 16, b"d" * 16, b"m" * 32, False, 3, 103, 3, (("a", b"d" * 16), ("b", b"")), 2, 100, True),
+    Announce(
+        b"u" * 16, b"d" * 16, b"m" * 32, False, 3, 103, 3, (("a", b"d" * 16), ("b", b"")), 2, 100, True, ""
+    ),
     Form(b"u" * 16, (("a", b"d" * 16),)),
     MemberStatus(103, 1_700_000_000_000, 12),
     SnapshotChunk(0, 3, META, 1000, 256, b"x" * 500),
@@ -328,15 +330,16 @@ def longer(where: tuple[str, str], by: int) -> Message:
         ("LeaderInfo", "endpoints[]"): lambda: LeaderInfo(1, "", (("n", "e" * size),), b""),
         ("LeaderInfo", "cluster_uuid"): lambda: LeaderInfo(1, "", (), b"u" * size),
         ("Announce", "cluster_uuid"): lambda: Announce(
-            bytes(size), b"", b"", False, 1, 1, 1, (), 0, 0, False
+            bytes(size), b"", b"", False, 1, 1, 1, (), 0, 0, False, ""
         ),
-        ("Announce", "disk_id"): lambda: Announce(b"", bytes(size), b"", False, 1, 1, 1, (), 0, 0, False),
+        ("Announce", "disk_id"): lambda: Announce(b"", bytes(size), b"", False, 1, 1, 1, (), 0, 0, False, ""),
         ("Announce", "members_digest"): lambda: Announce(
-            b"", b"", bytes(size), False, 1, 1, 1, (), 0, 0, False
+            b"", b"", bytes(size), False, 1, 1, 1, (), 0, 0, False, ""
         ),
         ("Announce", "known_disks"): lambda: Announce(
-            b"", b"", b"", False, 1, 1, 1, (("n", b""),) * size, 0, 0, False
+            b"", b"", b"", False, 1, 1, 1, (("n", b""),) * size, 0, 0, False, ""
         ),
+        ("Announce", "backs"): lambda: Announce(b"", b"", b"", False, 1, 1, 1, (), 0, 0, False, "n" * size),
         ("Form", "cluster_uuid"): lambda: Form(bytes(size), ()),
         ("Form", "disks"): lambda: Form(b"", (("n", b""),) * size),
         ("Refusal", "code"): lambda: Refusal("c" * size, ""),

@@ -34,6 +34,7 @@ horizon               an outcome is forgotten only when it may be, and nothing i
 current read          what a leader answers a query from has all that was committed when it took the query up
 session belief        when the cluster ends a session for its silence, its owner has already stopped to count on it
 busy loop             no process runs more often than a bound allows
+one cluster           all members are part of the same one; who has let another form it never forms one itself
 impostor              a member on a wiped disk, or on another's, neither votes nor acknowledges nor applies
 false alarm           nobody is told of a damaged, wiped or swapped disk while no disk was
 left behind           when all is quiet, no member keeps a request, a read, a wait or a transfer
@@ -60,7 +61,7 @@ from coordlib.raft.messages import (
     RequestVote,
     VoteReply,
 )
-from coordlib.storage.base import Persist, RecoveredGroup
+from coordlib.storage.base import DiskIdentity, Persist, RecoveredGroup
 from coordlib.testing.simulation.decisions import Decisions
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.model import LogModel, Violation
@@ -183,6 +184,8 @@ class Invariants:
         self.committed_max = 0
         self._outcomes: dict[int, _Outcome] = {}
         self._digests: dict[int, bytes] = {}
+        self._cluster_uuid = b""
+        self._gave_up: set[bytes] = set()  # disks whose members form no cluster themselves any more
         self._model = LogModel(marks)
         self.decisions = Decisions(marks, limits)
 
@@ -222,6 +225,20 @@ class Invariants:
         self._lives[name] = _Life(group.hard_state.term, base)
         if base:
             self._compare_state(process)
+
+    def identified(self, process: MemberProcess, identity: DiskIdentity) -> None:
+        """A member wrote down, or found on its disk, whom it lets form the cluster, or which one it belongs to."""
+        name, uuid = process.name, identity.cluster_uuid
+        if uuid:
+            self._cluster_uuid = self._cluster_uuid or uuid
+            if uuid != self._cluster_uuid:
+                raise Violation(
+                    "one cluster", f"{name} is part of {uuid.hex()}, others of {self._cluster_uuid.hex()}"
+                )
+        elif identity.backs not in ("", name):
+            self._gave_up.add(identity.disk_id)
+        elif identity.backs and identity.disk_id in self._gave_up:
+            raise Violation("one cluster", f"{name} would form one, and had left it to another")
 
     def is_behind(self, name: str) -> bool:
         """Whether a fault has taken from the member's disk what it had acknowledged, and it has not got all of it again."""
@@ -705,6 +722,11 @@ class Impostor(Invariants):
         self, process: MemberProcess, recovered: RecoveredGroup | None, *, is_damaged: bool = False
     ) -> None:
         """That it starts is no harm: it has to hear from the others who it is not."""
+
+    def identified(self, process: MemberProcess, identity: DiskIdentity) -> None:
+        raise Violation(
+            "impostor", f"{process.name} takes part in forming a cluster on a disk that is not its own"
+        )
 
     def writing(self, process: MemberProcess, batch: Persist) -> None:
         raise Violation("impostor", f"{process.name} keeps a log on a disk that is not its own")

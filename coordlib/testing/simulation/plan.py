@@ -21,6 +21,7 @@ SAFETY_MS = 42_000
 LIVENESS_MS = 8_000
 TOTAL_MS = 60_000
 FORMING_MS = 4_000
+PARTED_FOUNDERS_SHARE = 0.1
 BANK_SEEDS_SHARE = 0.2
 BANK_WEIGHT = 4.0  # of all others together
 
@@ -112,7 +113,7 @@ def draw_plan(seed: int) -> Plan:
     if append_entries_max < 1024:
         load = replace(load, operations_per_second=min(load.operations_per_second, 12))
     clients = chance.randint(0, 3) if members > 1 else chance.randint(1, 2)
-    return Plan(
+    plan = Plan(
         seed=seed,
         members=members,
         clients=clients,
@@ -139,6 +140,26 @@ def draw_plan(seed: int) -> Plan:
         **_draw_tx_limits(Choices(seed).stream("tx limits")),
         # Large states in tiny pieces would only take longer than anybody waits.
         chunk_size_bytes=chance.choice((16 * 1024 if load.padding_size_bytes else 200, 20_000, 256 * 1024)),
+    )
+    return _part_founders(Choices(seed).stream("founders"), plan)
+
+
+def _part_founders(chance: Stream, plan: Plan) -> Plan:
+    """Now and then those who could each form a cluster do not hear each other."""
+    if plan.members < 3 or chance.random() >= PARTED_FOUNDERS_SHARE:
+        return plan
+    cut = Fault(
+        0,
+        chance.choice(("bridge", "ring", "random_graph")),
+        chance.randrange(1 << 30),
+        chance.randint(1500, FORMING_MS),
+        0.3 * chance.random(),
+    )
+    names = [f"n{number}" for number in range(1, plan.members + 1)]
+    return replace(
+        plan,
+        forming_faults=(cut, *plan.forming_faults),
+        bootstrap=tuple(name for name in names if chance.random() < 0.7),
     )
 
 

@@ -24,7 +24,7 @@ from coordlib.node.operations import FOREVER_MS, Do, Failure, Outcome, Step, Suc
 from coordlib.node.session import Call
 from coordlib.raft.messages import SnapshotMeta
 from coordlib.storage import SegmentStorage
-from coordlib.storage.base import Persist, SnapshotWriter
+from coordlib.storage.base import DiskIdentity, Persist, SnapshotWriter
 from coordlib.testing.disk import CrashNow, SimulatedFileSystem
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.invariants import Impostor
@@ -511,6 +511,11 @@ class _Storage(SegmentStorage):
             for item in batch:
                 observer.wrote(self.process, item)
 
+    def set_identity(self, identity: DiskIdentity) -> None:
+        super().set_identity(identity)
+        if self.process.observer is not None:
+            self.process.observer.identified(self.process, identity)
+
     def create_snapshot(self, group: int, meta: SnapshotMeta) -> _SlowWriter:  # type: ignore[override]  # same contract
         if self.process.observer is not None:
             self.process.observer.snapshotting(self.process, meta.index)
@@ -586,6 +591,8 @@ class MemberProcess(SimulatedProcess, MemberDriver):
                 self._links.connect(endpoint, other, (Lane.CONTROL, Lane.BULK))
         if self.observer is not None:
             self.observer.started(self, recovered.groups.get(0), is_damaged=is_damaged)
+            if not is_impostor:
+                self.observer.identified(self, recovered.identity)
         self._kernel.open_session(self.clock())
         self.wake()
 
