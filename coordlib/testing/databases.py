@@ -29,6 +29,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,9 +47,23 @@ _PARENT_CHARACTERS_MAX = 60
 _FOLDERS = ("/usr/sbin", "/usr/local/sbin")
 """Looked into after the PATH: servers are kept off that of ordinary users."""
 _DEBIAN = Path("/usr/lib/postgresql")
-_PR_SET_PDEATHSIG = 1
 _IPC_RMID = 0
 _LIBC = ctypes.CDLL(None)
+# Becomes the server, which dies with whoever started it. Not a preexec_fn: an interrupt in the hooks that Python runs around
+# such a fork is lost, and may leave the lock of `logging` taken for ever.
+_LAUNCH = """
+import ctypes, os, signal, sys
+end = sys.argv.index("--")
+parent, *ids = map(int, sys.argv[1:end])
+if ids:
+    os.setgroups([])
+    os.setgid(ids[1])
+    os.setuid(ids[0])
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGQUIT)
+if os.getppid() == parent:
+    os.execvp(sys.argv[end + 1], sys.argv[end + 1:])
+"""
 
 
 class ServerMissing(CoordError):
@@ -191,26 +206,16 @@ class DatabaseServer:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _spawn(self, command: list[str], output: int) -> subprocess.Popen[bytes]:
-        parent = os.getpid()
-
-        def die_with_the_parent() -> None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
-            if os.getppid() != parent:
-                os._exit(1)
-
         user = self._user
+        ids = [] if user is None else [user.pw_uid, user.pw_gid]
+        arguments = [os.getpid(), *ids, "--", *command]
         return subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-S", "-c", _LAUNCH, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd=self.directory,
-            user=None if user is None else user.pw_uid,
-            group=None if user is None else user.pw_gid,
-            extra_groups=None if user is None else [],
             start_new_session=True,
-            # Justification: it makes two system calls and takes no lock.
-            preexec_fn=die_with_the_parent,  # noqa: PLW1509
         )
 
     def _run(self, command: list[str]) -> None:

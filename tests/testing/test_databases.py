@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_a_creation_that_is_interrupted_leaves_nothing(place: Path, monkeypatch:
         Slow()
     assert not Path(f"/proc/{pids[0]}").exists()
     assert list(place.iterdir()) == []
+
+
+def test_a_start_runs_no_hooks_of_forks(place: Path) -> None:
+    """An interrupt in one of them is lost, and leaves `logging` locked for ever; a demo that was interrupted found it."""
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))
+    with Sleeper() as server:
+        assert server.is_running
+    assert forks == []
 
 
 def test_a_creation_that_fails_says_why_and_leaves_nothing(place: Path) -> None:
