@@ -121,7 +121,6 @@ class MemberKernel:
         self._to_apply: deque[Entry] = deque()
         self._apply_at = 0
         self._clients: dict[bytes, str] = {}  # route -> name
-        self._pending_identity: DiskIdentity | None = None
         self._role_seen: tuple[int, str, bool] = (0, "", False)
         self._next_status = now
         self._wall_ms = 0
@@ -143,7 +142,7 @@ class MemberKernel:
         if identity.cluster_uuid:
             self._start_raft(recovered, snapshot, now)
         else:
-            self._try_to_form()
+            self.peers.try_to_form()
 
     # -- start ---------------------------------------------------------------------------------------------
 
@@ -218,8 +217,9 @@ class MemberKernel:
         return self.session.view.session_id != 0 and bool(self.leader)
 
     def identity_stored(self, now: int) -> None:
-        """The identity asked for by an effect is on the disk: whom this node backs, or that it belongs to a cluster."""
-        if self.peers.is_formed:
+        """The identity asked for by an effect is on the disk: whom this node backs, or which cluster it belongs to."""
+        self.peers.is_unwritten = False
+        if self.peers.is_formed and self.raft is None:
             self._start_raft(None, (), now)
             for name, message in self.peers.formed():
                 self._send(name, message)
@@ -293,9 +293,9 @@ class MemberKernel:
 
     def _on_announce(self, name: str, message: Announce, now: int, *, is_repeated: bool = False) -> None:
         result = self.peers.heard(name, message, is_repeated=is_repeated)
-        if result is not None and self._pending_identity is None:
+        if result is not None and not self._is_forming:
             self._send(name, result)
-        self._try_to_form()
+        self.peers.try_to_form()
         peer = self.peers.known[name]
         if peer.is_trusted and peer.is_up and not is_repeated:
             self.calls.link_up(name)
@@ -325,10 +325,10 @@ class MemberKernel:
             if peer.is_behind and not is_repeated:
                 self.raft.report_lost(name, message.last_index)
 
-    def _try_to_form(self, *, has_waited: bool = False) -> None:
-        identity = self.peers.try_to_form(has_waited=has_waited)
-        if identity is not None:
-            self._pending_identity = identity
+    @property
+    def _is_forming(self) -> bool:
+        """What there is to say must be on the disk first; then all are told (`identity_stored`)."""
+        return self.raft is None and self.peers.is_unwritten
 
     def _believe_vouched(self, now: int) -> None:
         """Take what members announced whose disks were not known then, and now are."""
@@ -340,9 +340,7 @@ class MemberKernel:
             self._on_announce(name, announce, now, is_repeated=True)
 
     def _on_form(self, name: str, message: Form, now: int) -> None:
-        identity = self.peers.heard_form(name, message)
-        if identity is not None:
-            self._pending_identity = identity
+        self.peers.heard_form(name, message)
 
     def _on_refusal(self, name: str, message: Refusal, now: int) -> None:
         if self.peers.is_known_to(name):
@@ -568,16 +566,13 @@ class MemberKernel:
                 self._announce(name)
         if not self.is_formed:
             # At the second round at the earliest: at the first, with which a node begins, nobody has answered.
-            self._try_to_form(has_waited=True)
+            self.peers.try_to_form(has_waited=True)
 
     # -- output --------------------------------------------------------------------------------------------
 
     def collect(self, now: int) -> Effects | None:
         """The next effects to carry out; None when there is nothing left to do in this round."""
         self._now = now
-        if self._pending_identity is not None:
-            self._out.identity, self._pending_identity = self._pending_identity, None
-            return self._take()
         raft, service = self.raft, self.service
         if raft is None or service is None:
             return self._take()
@@ -682,6 +677,8 @@ class MemberKernel:
         if self._events:
             out.events.extend(self._events)
             self._events.clear()
+        if self.peers.is_unwritten:
+            out.identity = self.peers.identity
         if not (
             out.sends
             or out.client_sends
@@ -798,8 +795,8 @@ class MemberKernel:
                     self._send(source, Replies(part))
 
     def _announce(self, name: str) -> None:
-        if self._pending_identity is not None:
-            return  # what it says must be on the disk first; then all are told
+        if self._is_forming:
+            return
         raft = self.raft
         if raft is None:
             message = self.peers.announce_to(name, 0, 0, 0)

@@ -2,19 +2,21 @@
 
 Formation: a node with an empty disk asks every configured member. If one belongs to a cluster already and knows
 this node's disk (or has never seen one of it), the node joins that cluster. If *every* member answered and all are
-empty, the member with the lowest name is a candidate; with `bootstrap=True` any member is to which a quorum of
-empty members has answered, once the others have had a second to. A member backs one candidate (a candidate itself),
-writes down whom, and then says so; one that a quorum backs, itself included, makes a cluster id and writes it down
-together with every disk id it has heard of. The others join it by the rule above, on its word (FORM). The disks not
-seen by then are recorded through the log before they count. Nothing else forms a cluster, so a wiped directory never
-does: a member that was formed names another disk for it.
+empty, the one with the lowest name of those that back nobody yet is a candidate; with `bootstrap=True` any member is
+to which a quorum of empty members has answered, once the others have had a second to. A member backs one candidate
+(a candidate itself), writes down whom, and then says so; one that a quorum backs, itself included, makes a cluster id
+and writes it down together with every disk id it has heard of. The others join it by the rule above, on its word
+(FORM). The disks not seen by then are recorded through the log before they count. Nothing else forms a cluster, so a
+wiped directory never does: a member that was formed names another disk for it.
 
 A candidate that hears of one with a lower name backs that one, and is none itself any more, for ever. Those who
-had backed it may then back another; nobody else ever may. The lowest that ever was a candidate stays one.
+had backed it may then back another; nobody else ever may. The lowest that ever was a candidate stays one, and does
+for its backers what they were asked: with `bootstrap=True` of one of them it does not wait for all either.
 
-Invariant: one cluster forms at most, as long as no disk is lost before it has. Of two that formed one, some member
-backed both, or was one and backed the other. It went from the first to the second after the first had written down
-that it backs another: so the first was no candidate any more, and never became one again.
+Invariant: one cluster forms at most, as long as no disk is lost before it has, and the list of members stays the
+same. Of two that formed one, some member backed both, or was one and backed the other. It went from the first to the
+second after the first had written down that it backs another: so the first was no candidate any more, and never
+became one again.
 
 Invariant: no Raft message of a peer reaches the core unless the peer announced, in this incarnation, this
 cluster's id and the disk id that this cluster knows for its name.
@@ -25,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from coordlib import cbor
 from coordlib.errors import StartError
@@ -86,7 +89,7 @@ class Peers:
     ) -> None:
         self.node_id = node_id
         if identity.backs not in members:
-            identity = identity._replace(backs="")  # given with another list of members, which counts no more
+            identity = identity._replace(backs="")  # of another list of members, which counts no more
         self.identity = identity
         self.known = {name: Peer() for name in sorted(members) if name != node_id}
         self._members = sorted(members)
@@ -94,7 +97,8 @@ class Peers:
         self._wants_bootstrap = wants_bootstrap and not identity.cluster_uuid
         self._random_bytes = random_bytes
         self._events = events
-        self.disks = dict(identity.disks)
+        self.is_unwritten = False  # `identity` has changed: it is to be written down
+        self.disks = dict((*identity.disks, *identity.recorded))
         self.to_record: list[tuple[str, bytes]] = []  # disks seen for the first time; the leader logs them
         self.vouched: list[str] = []  # whose announcements, heard before, are to be believed from now on
 
@@ -183,20 +187,20 @@ class Peers:
                     self.recorded(node, disk_id)
         return refusal
 
-    def heard_form(self, name: str, form: Form) -> DiskIdentity | None:
+    def heard_form(self, name: str, form: Form) -> None:
         """
-        Join the cluster that a peer belongs to; None if there is nothing to do or the peer is not to be believed.
+        Join the cluster that a peer belongs to, unless there is nothing to do or the peer is not to be believed.
 
         Raises:
             StartError: That cluster knows this node by another disk.
         """
         peer = self.known[name]
         if self.is_formed or peer.announce is None or peer.problem or not form.cluster_uuid:
-            return None
+            return
         if sorted(node for node, _ in form.disks) != self._members:
-            return None
+            return
         self._check_own_disk(form.disks)
-        return self._adopt(form.cluster_uuid, form.disks, f"joined the cluster that {name!r} belongs to")
+        self._adopt(form.cluster_uuid, form.disks, f"joined the cluster that {name!r} belongs to")
 
     def _check_own_disk(self, disks: Iterable[tuple[str, bytes]]) -> None:
         ours = dict(disks).get(self.node_id, b"")
@@ -232,6 +236,9 @@ class Peers:
     def recorded(self, name: str, disk_id: bytes) -> None:
         """The log says that this is the member's disk, here or where a member has told of it."""
         self.disks[name] = disk_id
+        if (name, disk_id) not in (*self.identity.disks, *self.identity.recorded):
+            # Or a restart before the first snapshot would forget it, and with it a vote that a majority may need.
+            self._write(recorded=(*self.identity.recorded, (name, disk_id)))
         peer = self.known.get(name)
         if peer is None or peer.announce is None or not self.is_formed:
             return
@@ -251,45 +258,46 @@ class Peers:
 
     # -- formation -----------------------------------------------------------------------------------------
 
-    def try_to_form(self, *, has_waited: bool = False) -> DiskIdentity | None:
+    def try_to_form(self, *, has_waited: bool = False) -> None:
         """
         Back a candidate, become one, or form the cluster, if what the others have announced allows it.
 
+        What has changed is to be written down before anything more is announced (`is_unwritten`).
+
         Args:
             has_waited: Whoever is there has had the time to answer: a quorum may do, if that was asked for.
-
-        Returns:
-            The identity to write down before anything more is announced; None if nothing has changed.
         """
         if self.is_formed or any(
             p.announce is not None and p.announce.cluster_uuid for p in self.known.values()
         ):
-            return None  # there is a cluster: its members decide whether we belong to it
+            return  # there is a cluster: its members decide whether we belong to it
         heard = {n: p.announce for n, p in self.known.items() if p.announce is not None and not p.problem}
         candidate = min((name for name, announce in heard.items() if announce.backs == name), default="")
         if candidate and self._may_back(candidate, heard):
-            self.identity = self.identity._replace(backs=candidate)
-            return self.identity
+            self._write(backs=candidate)
+            return
         backed = self.identity.backs
         if backed not in ("", self.node_id):
-            return None
+            return
         quorum = len(self._members) // 2 + 1
+        is_complete = len(heard) == len(self.known)
+        if not backed:
+            # Of those that have not left it to another.
+            is_lowest = all(self.node_id < name for name, announce in heard.items() if not announce.backs)
+            can_bootstrap = self._wants_bootstrap and has_waited and len(heard) + 1 >= quorum
+            if not (is_complete and is_lowest) and not can_bootstrap:
+                return
+            self._write(backs=self.node_id)
         backers = [announce for announce in heard.values() if announce.backs == self.node_id]
         # Who backs this node forms nothing itself any more: what it was asked for, this node does.
         wants_bootstrap = self._wants_bootstrap or any(announce.wants_bootstrap for announce in backers)
-        is_complete = len(heard) == len(self.known)
-        if not backed:
-            is_lowest = is_complete and self.node_id == self._members[0]
-            if not is_lowest and not (wants_bootstrap and has_waited and len(heard) + 1 >= quorum):
-                return None
-            self.identity = self.identity._replace(backs=self.node_id)
         if len(backers) + 1 < quorum or not (is_complete or wants_bootstrap):
-            return None if backed else self.identity
+            return
         disks = tuple(
             (name, self.identity.disk_id if name == self.node_id else self._announced_disk(name))
             for name in self._members
         )
-        return self._adopt(self._random_bytes(16), disks, "formed a new cluster")
+        self._adopt(self._random_bytes(16), disks, "formed a new cluster")
 
     def _may_back(self, candidate: str, heard: Mapping[str, Announce]) -> bool:
         """Whom this node backs may count on it, until it has said that it backs another itself."""
@@ -302,8 +310,12 @@ class Peers:
         announce = self.known[name].announce
         return announce.disk_id if announce is not None else b""
 
-    def _adopt(self, cluster_uuid: bytes, disks: tuple[tuple[str, bytes], ...], how: str) -> DiskIdentity:
-        self.identity = self.identity._replace(cluster_uuid=cluster_uuid, disks=disks, backs="")
+    def _write(self, **changes: Any) -> None:
+        self.identity = self.identity._replace(**changes)
+        self.is_unwritten = True
+
+    def _adopt(self, cluster_uuid: bytes, disks: tuple[tuple[str, bytes], ...], how: str) -> None:
+        self._write(cluster_uuid=cluster_uuid, disks=disks, backs="")
         self.disks = dict(disks)
         self._wants_bootstrap = False
         self._say(
@@ -312,17 +324,19 @@ class Peers:
             f"{how}: id {cluster_uuid.hex()[:12]}",
             cluster_uuid=cluster_uuid.hex(),
         )
-        return self.identity
 
     def formed(self) -> list[tuple[str, Refusal | Form]]:
         """The new identity is durable: what to send to those whose announcements came before it."""
         messages: list[tuple[str, Refusal | Form]] = []
         for name, peer in self.known.items():
-            if peer.announce is not None and not peer.problem:
-                refusal = self._judge_disk(name, peer.announce)
+            announce = peer.announce
+            if announce is None or announce.members_digest != self._digest:
+                continue
+            if announce.cluster_uuid in (b"", self.identity.cluster_uuid):
+                refusal = self._judge_disk(name, announce)
                 if refusal is not None:
                     messages.append((name, refusal))
-                elif not peer.announce.cluster_uuid:
+                elif not announce.cluster_uuid:
                     messages.append((name, Form(self.identity.cluster_uuid, self.identity.disks)))
         return messages
 
@@ -337,13 +351,21 @@ class Peers:
         return [*lines, *self.awaited()]
 
     def awaited(self) -> list[str]:
-        """That this node waits for one certain member to form the cluster, and does not hear of it; else nothing."""
-        backed = self.identity.backs
-        if not backed or backed == self.node_id or self.known[backed].announce is not None:
-            return []
+        """Of each member that is away: who has left it to that one to form the cluster. Until it is back, they form none."""
+        waiting: dict[str, list[str]] = {}
+        backed_by = {self.node_id: self.identity.backs} | {
+            name: peer.announce.backs
+            for name, peer in self.known.items()
+            if peer.announce is not None and peer.is_up
+        }
+        for name, backed in sorted(backed_by.items()):
+            if backed in self.known and not self.known[backed].is_up:
+                waiting.setdefault(backed, []).append(repr(name))
         return [
-            f"this node has left it to member {backed!r} to form the cluster, and waits for it: start that member, on an "
-            "empty directory if it has lost its own"
+            f"member {backed!r} may have formed the cluster, as {' and '.join(names)} left it to do so: start it. Only if its "
+            "disk is lost and no member belongs to a cluster, start it on an empty directory, with all members running "
+            "and none with bootstrap=True"
+            for backed, names in waiting.items()
         ]
 
     def _say(self, level: int, name: str, message: str, **fields: object) -> None:

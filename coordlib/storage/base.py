@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 
 
 class DiskIdentity(NamedTuple):
-    """Whose disk this is. Written once when the directory is empty; only the last three fields change later."""
+    """Whose disk this is. Written once when the directory is empty; only the last four fields change later."""
 
     format_version: int
     node_id: str
@@ -54,6 +54,7 @@ class DiskIdentity(NamedTuple):
     cluster_uuid: bytes  # b"" = belongs to no cluster yet
     disks: tuple[tuple[str, bytes], ...]  # the initial members' disk ids as formed; b"" = not seen
     backs: str = ""  # before that: who may form the cluster as far as this member goes (ADR 4)
+    recorded: tuple[tuple[str, bytes], ...] = ()  # disks not seen then, of which the log has told since
 
 
 class Persist(NamedTuple):
@@ -145,7 +146,7 @@ class LogStorage(Protocol):
         """
 
     def set_identity(self, identity: DiskIdentity) -> None:
-        """Replace the identity durably and atomically; only `cluster_uuid`, `disks` and `backs` may differ."""
+        """Replace the identity durably and atomically; only the last four fields may differ."""
 
     def write(self, batch: Sequence[Persist]) -> None:
         """

@@ -6,13 +6,15 @@ Disk::
                8  version   4   format version of the whole directory, little-endian
               12  size      4   of the body
               16  checksum  4   crc32 of bytes 0..16 and the body
-              20  body          canonical CBOR [node_id, disk_id, cluster_name, cluster_uuid, disks, backs],
-                                  disks = [[node_id, disk_id], ...]; backs is left out when it is ""
+              20  body          canonical CBOR [node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded],
+                                  disks and recorded = [[node_id, disk_id], ...]; left out at the end are an empty
+                                  recorded, and then an empty backs
 """
 
 from __future__ import annotations
 
 import struct
+from typing import Any
 from zlib import crc32
 
 from coordlib import cbor
@@ -36,10 +38,12 @@ def encode_identity(identity: DiskIdentity) -> bytes:
         identity.disk_id,
         identity.cluster_name,
         identity.cluster_uuid,
-        [[node_id, disk_id] for node_id, disk_id in identity.disks],
+        identity.disks,
+        identity.backs,
+        identity.recorded,
     ]
-    if identity.backs:
-        fields.append(identity.backs)
+    while len(fields) > 5 and not fields[-1]:
+        fields.pop()
     body = cbor.encode_canonical(fields)
     header = _HEADER.pack(_MAGIC, identity.format_version, len(body))
     return header + _CHECKSUM.pack(crc32(body, crc32(header))) + body
@@ -73,7 +77,12 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
             format_version=version,
         )
     try:
-        node_id, disk_id, cluster_name, cluster_uuid, disks, *backs = cbor.decode(body)
+        fields: list[Any] = cbor.decode(body)
+        left_out: list[Any] = ["", ()]
+        node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded = [
+            *fields,
+            *left_out[len(fields) - 5 :],
+        ]
         return DiskIdentity(
             version,
             node_id,
@@ -81,7 +90,8 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
             cluster_name,
             cluster_uuid,
             tuple((node, disk) for node, disk in disks),
-            *backs,
+            backs,
+            tuple((node, disk) for node, disk in recorded),
         )
     except (cbor.CBORError, ValueError, TypeError) as exc:
         raise damaged from exc

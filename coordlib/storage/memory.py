@@ -140,7 +140,8 @@ class MemoryStorage:
         self._check()
         assert self._identity is not None
         invariant(
-            identity[:4] == self._identity[:4], "only cluster_uuid, disks and backs of an identity may change"
+            identity[:4] == self._identity[:4],
+            "only cluster_uuid, disks, backs and recorded of an identity may change",
         )
         self._identity = identity
 

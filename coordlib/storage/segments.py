@@ -525,7 +525,8 @@ class SegmentStorage:
         if self._refusal is not None:
             self._refuse()
         invariant(
-            identity[:4] == self._identity[:4], "only cluster_uuid, disks and backs of an identity may change"
+            identity[:4] == self._identity[:4],
+            "only cluster_uuid, disks, backs and recorded of an identity may change",
         )
         try:
             write_identity(self._fs, self._directory, identity)

@@ -61,8 +61,15 @@ if ids:
     os.setuid(ids[0])
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGQUIT)
-if os.getppid() == parent:
-    os.execvp(sys.argv[end + 1], sys.argv[end + 1:])
+if os.getppid() != parent:
+    sys.exit(1)
+for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+    signal.signal(ignored, signal.SIG_DFL)
+program = sys.argv[end + 1]
+try:
+    os.execvp(program, sys.argv[end + 1:])
+except OSError as error:
+    sys.exit(f"{program}: {error.strerror}")
 """
 
 

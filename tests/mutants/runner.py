@@ -1,7 +1,7 @@
 """Plants each defect in turn and tells who caught it.
 
-First the code as it is must pass; a simulator that cries wolf proves nothing. Then, for each defect, in this order and
-until it is caught:
+First the code as it is must pass, and at the end once more with the seeds that caught something; a simulator that cries
+wolf proves nothing. In between, for each defect, in this order and until it is caught:
 
 1. the simulator, with every `invariant()` of the code under test switched off: only what looks from outside is left;
 2. the same with `invariant()` on;
@@ -171,7 +171,7 @@ def _check_unmutated(
     workers: Workers, mutants: Sequence[Mutant], seeds: int, jobs: int, has_scenarios: bool
 ) -> list[str]:
     """What fails without any defect; nothing may."""
-    share = -(-seeds // jobs)
+    share = max(1, -(-seeds // jobs))
     tasks: list[dict[str, Any]] = [
         {"first": first, "count": min(share, seeds - first), "is_checking": False}
         for first in range(0, seeds, share)
@@ -181,6 +181,10 @@ def _check_unmutated(
         suites[SCENARIOS] = None
     if suites:
         tasks.append({"tests": list(suites)})
+    return _fail_unmutated(workers, tasks, jobs)
+
+
+def _fail_unmutated(workers: Workers, tasks: list[dict[str, Any]], jobs: int) -> list[str]:
     with ThreadPoolExecutor(jobs) as pool:
         findings = list(pool.map(lambda task: workers.run(mutant="", **task), tasks))
     return [f"{finding.check}: {finding.message}" for finding in findings if finding.check]
@@ -346,7 +350,17 @@ def _run(
     with ThreadPoolExecutor(options.jobs) as pool:
         for future in [pool.submit(examine, mutant) for mutant in mutants]:
             future.result()
-    return _judge(results, is_complete=len(mutants) == len(MUTANTS))
+    catching = {result.finding.runs - 1 for result in results if result.is_by_seed}
+    tasks = [
+        {"first": seed, "count": 1, "is_checking": False}
+        for seed in sorted(catching)
+        if seed >= options.unmutated
+    ]
+    failures = _fail_unmutated(workers, tasks, options.jobs)
+    if failures:
+        say("seeds that caught a defect fail without it, too:\n")
+        say("".join(f"  {failure}\n" for failure in failures))
+    return _judge(results, is_complete=len(mutants) == len(MUTANTS)) or bool(failures)
 
 
 def _judge(results: list[Result], *, is_complete: bool) -> int:

@@ -48,14 +48,19 @@ class Founders:
 
     def stop(self, name: str) -> None:
         self.running.pop(name, None)
+        for peers in self.running.values():
+            peers.known[name].is_up = False
 
     def go_on(self, name: str, *, has_waited: bool = False) -> None:
         """Let it decide, write that down, and tell everybody; or lose its power before it is written, or told."""
-        identity = self.running[name].try_to_form(has_waited=has_waited)
-        if identity is not None:
-            self.write(name, identity)
+        self.running[name].try_to_form(has_waited=has_waited)
+        self.write(name)
 
-    def write(self, name: str, identity: DiskIdentity) -> None:
+    def write(self, name: str) -> None:
+        peers = self.running[name]
+        if not peers.is_unwritten:
+            return None
+        identity = peers.identity
         dies_at = self.chance.randrange(40)
         if dies_at == 0:
             return self.stop(name)
@@ -65,6 +70,7 @@ class Founders:
             self.clusters.add(identity.cluster_uuid)
         if dies_at == 1:
             return self.stop(name)
+        peers.is_unwritten = False
         if identity.cluster_uuid:
             for receiver, message in self.running[name].formed():
                 self.send(name, receiver, message)
@@ -84,14 +90,14 @@ class Founders:
             return
         peers = self.running[receiver]
         peer = peers.known[sender]
+        peer.is_up = True
         if sender_run < peer.incarnation:
             return  # the links drop what a run before the newest one sent
         if sender_run > peer.incarnation:
             peer.incarnation, peer.announce = sender_run, None
         if isinstance(message, Form):
-            identity = peers.heard_form(sender, message)
-            if identity is not None:
-                self.write(receiver, identity)
+            peers.heard_form(sender, message)
+            self.write(receiver)
             return
         answer = peers.heard(sender, message)
         if isinstance(answer, Form):
@@ -142,42 +148,114 @@ def test_one_cluster_forms_whatever_is_lost_or_late(count: int, bootstrap_share:
     assert formed_early or bootstrap_share == 0.0
 
 
-def test_whom_a_member_left_it_to_is_waited_for_and_named() -> None:
-    """A member that has backed one does not go back on it while that one is away; it says what to do."""
+def settle(founders: Founders) -> None:
+    """Everybody runs, hears everybody, and has the time to."""
+    for _ in range(4):
+        for name in founders.names:
+            if name not in founders.running:
+                founders.start(name, bootstrap=False)
+            founders.announce(name, founders.names)
+        founders.deliver_all()
+
+
+def left_to(candidate: str) -> Founders:
+    """n1, n2, n3: another member has left it to the candidate to form the cluster, which is gone before it hears of it."""
     founders = Founders(random.Random(1), 3)
-    for name in ("n1", "n2"):
-        founders.start(name, bootstrap=name == "n1")
-    founders.announce("n2", ["n1"])
+    other = "n2" if candidate == "n1" else "n1"
+    for name in (other, candidate):
+        founders.start(name, bootstrap=name == candidate)
+    founders.announce(other, [candidate])
     founders.deliver_all()
-    founders.go_on("n1", has_waited=True)
-    assert [message.backs for *_, message in founders.under_way if isinstance(message, Announce)] == [
-        "n1",
-        "n1",
-    ]
-    founders.deliver(0)
-    founders.stop("n1")
+    founders.go_on(candidate, has_waited=True)
+    assert founders.disks[candidate].backs == candidate
+    while founders.disks[other].backs != candidate:
+        founders.deliver(0)
+    founders.stop(candidate)
     founders.under_way.clear()
-    founders.stop("n2")
-    for name in ("n2", "n3"):
+    return founders
+
+
+@pytest.mark.parametrize("candidate", ["n1", "n2"])
+def test_whom_a_member_left_it_to_is_waited_for_and_named(candidate: str) -> None:
+    """By that member, at once and after a restart, and by all that hear of it; nothing forms meanwhile."""
+    founders = left_to(candidate)
+    other = "n2" if candidate == "n1" else "n1"
+    (line,) = founders.running[other].awaited()
+    assert (
+        f"member {candidate!r} may have formed the cluster, as {other!r} left it to do so: start it." in line
+    )
+    founders.stop(other)
+    for name in (other, "n3"):
         founders.start(name, bootstrap=True)
+    for name in (other, "n3"):
         founders.announce(name, founders.names)
     founders.deliver_all()
-    for name in ("n2", "n3", "n2", "n3"):
+    for name in (other, "n3", other, "n3"):
         founders.go_on(name, has_waited=True)
         founders.deliver_all()
     assert not founders.clusters
-    assert founders.running["n2"].missing() == [
-        "member 'n1' has not answered",
-        "this node has left it to member 'n1' to form the cluster, and waits for it: start that member, on an empty "
-        "directory if it has lost its own",
-    ]
-    founders.disks["n1"] = founders.disks["n1"]._replace(disk_id=b"1" * 16, backs="")
-    founders.start("n1", bootstrap=False)
+    assert [founders.running[name].awaited() for name in (other, "n3")] == [[line], [line]]
+    assert line in founders.running["n3"].missing()
+
+
+@pytest.mark.parametrize("candidate", ["n1", "n2"])
+def test_whom_a_member_left_it_to_may_come_back_on_an_empty_disk(candidate: str) -> None:
+    """As the message says: with all members running and none with bootstrap=True."""
+    founders = left_to(candidate)
+    founders.disks[candidate] = founders.disks[candidate]._replace(disk_id=b"new", backs="")
+    settle(founders)
+    assert len(founders.clusters) == 1
+    assert {identity.cluster_uuid for identity in founders.disks.values()} == founders.clusters
+
+
+def test_an_emptied_member_does_not_bootstrap_for_those_who_left_it_to_it() -> None:
+    """Its lost disk may have formed a cluster, with a member that is away: all must be heard."""
+    founders = left_to("n2")
+    founders.stop("n1")
+    founders.disks["n2"] = founders.disks["n2"]._replace(disk_id=b"new", backs="")
+    founders.start("n2", bootstrap=False)
+    founders.start("n1", bootstrap=True)
     for _ in range(3):
-        for name in founders.names:
+        for name in ("n1", "n2"):
             founders.announce(name, founders.names)
         founders.deliver_all()
-    assert len({identity.cluster_uuid for identity in founders.disks.values()} - {b""}) == 1
+        for name in ("n1", "n2"):
+            founders.go_on(name, has_waited=True)
+    assert not founders.clusters
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_lost_disk_or_a_shorter_list_does_not_keep_all_from_forming(seed: int) -> None:
+    """Before anything has formed, one directory is emptied, or one member taken off every list: the others go on."""
+    chance = random.Random(f"lost {seed}")
+    founders = Founders(chance, chance.choice((3, 4, 5)))
+    for _ in range(40):
+        name = chance.choice(founders.names)
+        if name not in founders.running:
+            founders.start(name, bootstrap=chance.random() < 0.5)
+        elif chance.random() < 0.05:
+            founders.stop(name)
+        elif chance.random() < 0.3:
+            founders.go_on(name, has_waited=True)
+        elif founders.under_way and chance.random() < 0.7:
+            founders.deliver(chance.randrange(len(founders.under_way)))
+        else:
+            founders.announce(name, founders.names)
+        if founders.clusters:
+            return
+    gone = chance.choice(founders.names)
+    for name in list(founders.running):
+        founders.stop(name)
+    founders.under_way.clear()
+    if seed % 2:
+        founders.names.remove(gone)
+        del founders.disks[gone]
+    else:
+        founders.disks[gone] = founders.disks[gone]._replace(disk_id=b"new", backs="")
+    chance.randrange = lambda *args: 2  # type: ignore[method-assign]  # nobody dies any more
+    settle(founders)
+    assert len(founders.clusters) == 1
+    assert {identity.cluster_uuid for identity in founders.disks.values()} == founders.clusters
 
 
 def test_what_a_candidate_said_before_it_was_one_frees_nobody() -> None:
@@ -204,4 +282,5 @@ def test_who_was_backed_under_another_list_of_members_is_not_waited_for() -> Non
     peers = Peers(
         "n1", {"n1": ""}, identity, wants_bootstrap=False, random_bytes=random.Random(1).randbytes, events=[]
     )
-    assert peers.try_to_form() is not None
+    peers.try_to_form()
+    assert peers.is_unwritten and peers.is_formed

@@ -93,10 +93,12 @@ class StorageSuite(ABC):
     def test_identity_is_kept_and_can_be_given_a_cluster(self) -> None:
         identity = self.storage.open().identity
         formed = identity._replace(cluster_uuid=b"u" * 16, disks=(("a", identity.disk_id), ("b", b"")))
-        self.storage.set_identity(formed)
-        self.storage.close()
-        self.storage = self.reopen()
-        assert formed == self.storage.open().identity
+        backing = identity._replace(backs="b")
+        for written in (backing, formed, formed._replace(recorded=(("b", b"d" * 16),))):
+            self.storage.set_identity(written)
+            self.storage.close()
+            self.storage = self.reopen()
+            assert written == self.storage.open().identity
 
     def test_the_fixed_part_of_the_identity_cannot_be_changed(self) -> None:
         identity = self.storage.open().identity
