@@ -540,7 +540,7 @@ class MemberDriver(Driver):
                 links.reply(route, messages, kernel)
             if effects.identity is not None:
                 storage.set_identity(effects.identity)
-                kernel.identity_stored(now)
+                kernel.identity_stored(effects.identity, now)
             if effects.disk:
                 disk.carry_out(effects.disk, kernel, links)
 

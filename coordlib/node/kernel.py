@@ -216,9 +216,9 @@ class MemberKernel:
         """A leader is known, and this node's application has a session with the cluster."""
         return self.session.view.session_id != 0 and bool(self.leader)
 
-    def identity_stored(self, now: int) -> None:
+    def identity_stored(self, identity: DiskIdentity, now: int) -> None:
         """The identity asked for by an effect is on the disk: whom this node backs, or which cluster it belongs to."""
-        self.peers.is_unwritten = False
+        self.peers.is_unwritten = self.peers.identity != identity
         if self.peers.is_formed and self.raft is None:
             self._start_raft(None, (), now)
             for name, message in self.peers.formed():

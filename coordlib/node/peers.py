@@ -13,8 +13,9 @@ A candidate that hears of one with a lower name backs that one, and is none itse
 had backed it may then back another; nobody else ever may. The lowest that ever was a candidate stays one, and does
 for its backers what they were asked: with `bootstrap=True` of one of them it does not wait for all either.
 
-Invariant: one cluster forms at most, as long as no disk is lost before it has, and the list of members stays the
-same. Of two that formed one, some member backed both, or was one and backed the other. It went from the first to the
+Invariant: one cluster forms at most, as long as no disk is lost before all are part of it, and the list of members
+stays the same. (Where a disk is lost, the rule that *all* must be there, and empty, still protects; `bootstrap=True`
+gives it up.) Of two that formed one, some member backed both, or was one and backed the other. It went from the first to the
 second after the first had written down that it backs another: so the first was no candidate any more, and never
 became one again.
 
@@ -169,11 +170,7 @@ class Peers:
             return self._judge_disk(name, announce) or Form(self.identity.cluster_uuid, self.identity.disks)
         if self.is_formed and announce.cluster_uuid != self.identity.cluster_uuid:
             # What another cluster knows of disks says nothing about ours: a stranger must not stop a healthy member.
-            peer.problem = (
-                f"member {name!r} belongs to another cluster ({announce.cluster_uuid.hex()[:12]}) than this node "
-                f"({self.identity.cluster_uuid.hex()[:12]}): one of them runs with the wrong data_dir"
-            )
-            self._say(logging.ERROR, "cluster.differs", peer.problem, peer=name)
+            self._note_stranger(name, announce)
             return None
         self._check_own_disk(announce.known_disks)
         if not self.is_formed:
@@ -207,6 +204,14 @@ class Peers:
         if ours and ours != self.identity.disk_id:
             raise StartError(_wiped(self.node_id, ours, self.identity.disk_id))
 
+    def _note_stranger(self, name: str, announce: Announce) -> None:
+        problem = (
+            f"member {name!r} belongs to another cluster ({announce.cluster_uuid.hex()[:12]}) than this node "
+            f"({self.identity.cluster_uuid.hex()[:12]}): one of them runs with the wrong data_dir"
+        )
+        self.known[name].problem = problem
+        self._say(logging.ERROR, "cluster.differs", problem, peer=name)
+
     def is_known_to(self, name: str) -> bool:
         """The peer belongs to our cluster and has announced that it knows this node by the disk that it is on."""
         announce = self.known[name].announce
@@ -236,9 +241,10 @@ class Peers:
     def recorded(self, name: str, disk_id: bytes) -> None:
         """The log says that this is the member's disk, here or where a member has told of it."""
         self.disks[name] = disk_id
-        if (name, disk_id) not in (*self.identity.disks, *self.identity.recorded):
+        recorded = dict(self.identity.recorded)
+        if (dict(self.identity.disks) | recorded).get(name) != disk_id:
             # Or a restart before the first snapshot would forget it, and with it a vote that a majority may need.
-            self._write(recorded=(*self.identity.recorded, (name, disk_id)))
+            self._write(recorded=tuple(sorted((recorded | {name: disk_id}).items())))
         peer = self.known.get(name)
         if peer is None or peer.announce is None or not self.is_formed:
             return
@@ -271,9 +277,14 @@ class Peers:
             p.announce is not None and p.announce.cluster_uuid for p in self.known.values()
         ):
             return  # there is a cluster: its members decide whether we belong to it
-        heard = {n: p.announce for n, p in self.known.items() if p.announce is not None and not p.problem}
+        # What one that is away has said is no longer enough: it may be part of a cluster by now.
+        heard = {
+            name: peer.announce
+            for name, peer in self.known.items()
+            if peer.announce is not None and peer.is_up and not peer.problem
+        }
         candidate = min((name for name, announce in heard.items() if announce.backs == name), default="")
-        if candidate and self._may_back(candidate, heard):
+        if candidate and self._may_back(candidate):
             self._write(backs=candidate)
             return
         backed = self.identity.backs
@@ -299,12 +310,13 @@ class Peers:
         )
         self._adopt(self._random_bytes(16), disks, "formed a new cluster")
 
-    def _may_back(self, candidate: str, heard: Mapping[str, Announce]) -> bool:
+    def _may_back(self, candidate: str) -> bool:
         """Whom this node backs may count on it, until it has said that it backs another itself."""
         backed = self.identity.backs
         if backed == self.node_id:
             return candidate < backed  # never upwards: so one candidate always remains
-        return not backed or (backed in heard and heard[backed].backs not in ("", backed))
+        announce = self.known[backed].announce if backed else None
+        return not backed or (announce is not None and announce.backs not in ("", backed))
 
     def _announced_disk(self, name: str) -> bytes:
         announce = self.known[name].announce
@@ -332,7 +344,9 @@ class Peers:
             announce = peer.announce
             if announce is None or announce.members_digest != self._digest:
                 continue
-            if announce.cluster_uuid in (b"", self.identity.cluster_uuid):
+            if announce.cluster_uuid not in (b"", self.identity.cluster_uuid):
+                self._note_stranger(name, announce)
+            else:
                 refusal = self._judge_disk(name, announce)
                 if refusal is not None:
                     messages.append((name, refusal))
@@ -348,24 +362,34 @@ class Peers:
                 lines.append(peer.problem)
             elif peer.announce is None:
                 lines.append(f"member {name!r} has not answered")
+            elif not peer.is_up:
+                lines.append(f"member {name!r} is away, or cannot be reached from here")
         return [*lines, *self.awaited()]
 
     def awaited(self) -> list[str]:
         """Of each member that is away: who has left it to that one to form the cluster. Until it is back, they form none."""
-        waiting: dict[str, list[str]] = {}
-        backed_by = {self.node_id: self.identity.backs} | {
-            name: peer.announce.backs
+        announced = {
+            name: peer.announce
             for name, peer in self.known.items()
-            if peer.announce is not None and peer.is_up
+            if peer.announce is not None and peer.announce.members_digest == self._digest
         }
-        for name, backed in sorted(backed_by.items()):
-            if backed in self.known and not self.known[backed].is_up:
-                waiting.setdefault(backed, []).append(repr(name))
+        if any(announce.cluster_uuid for announce in announced.values()):
+            return []
+        backs = {self.node_id: self.identity.backs} | {name: a.backs for name, a in announced.items()}
+        waiting: dict[str, list[str]] = {}
+        for name in sorted(backs):
+            if name != self.node_id and not self.known[name].is_up:
+                continue
+            last = name
+            for _ in backs:  # whom it backs may have left it to another
+                last = backs.get(last) or last
+            if last in self.known and not self.known[last].is_up:
+                waiting.setdefault(last, []).append(repr(name))
         return [
-            f"member {backed!r} may have formed the cluster, as {' and '.join(names)} left it to do so: start it. Only if its "
-            "disk is lost and no member belongs to a cluster, start it on an empty directory, with all members running "
-            "and none with bootstrap=True"
-            for backed, names in waiting.items()
+            f"member {last!r} may have formed the cluster, as {' and '.join(names)} left it to do so, and is away or cannot be "
+            "reached from here: start it. Only if its disk is lost and no member belongs to a cluster, start it on an "
+            "empty directory, with all members running and none with bootstrap=True"
+            for last, names in waiting.items()
         ]
 
     def _say(self, level: int, name: str, message: str, **fields: object) -> None:

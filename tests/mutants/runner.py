@@ -181,10 +181,6 @@ def _check_unmutated(
         suites[SCENARIOS] = None
     if suites:
         tasks.append({"tests": list(suites)})
-    return _fail_unmutated(workers, tasks, jobs)
-
-
-def _fail_unmutated(workers: Workers, tasks: list[dict[str, Any]], jobs: int) -> list[str]:
     with ThreadPoolExecutor(jobs) as pool:
         findings = list(pool.map(lambda task: workers.run(mutant="", **task), tasks))
     return [f"{finding.check}: {finding.message}" for finding in findings if finding.check]
@@ -350,17 +346,32 @@ def _run(
     with ThreadPoolExecutor(options.jobs) as pool:
         for future in [pool.submit(examine, mutant) for mutant in mutants]:
             future.result()
-    catching = {result.finding.runs - 1 for result in results if result.is_by_seed}
-    tasks = [
-        {"first": seed, "count": 1, "is_checking": False}
-        for seed in sorted(catching)
-        if seed >= options.unmutated
-    ]
-    failures = _fail_unmutated(workers, tasks, options.jobs)
-    if failures:
-        say("seeds that caught a defect fail without it, too:\n")
-        say("".join(f"  {failure}\n" for failure in failures))
-    return _judge(results, is_complete=len(mutants) == len(MUTANTS)) or bool(failures)
+    false = _false_catches(workers, results, options.unmutated, options.jobs)
+    for result in false:
+        say(f"what caught {result.name} is there without it, too: {result.finding.message}\n")
+        del known[result.name]
+    if false:
+        _store(known)
+    return _judge(results, is_complete=len(mutants) == len(MUTANTS)) or bool(false)
+
+
+def _false_catches(workers: Workers, results: Sequence[Result], unmutated: int, jobs: int) -> list[Result]:
+    """Those whose seed fails without the defect as well."""
+    by_run: dict[tuple[int, bool], list[Result]] = {}
+    for result in results:
+        run = (result.finding.runs - 1, result.stage != "simulator")  # with `invariant()`, or without
+        if result.is_by_seed and not (run[0] < unmutated and not run[1]):
+            by_run.setdefault(run, []).append(result)
+    with ThreadPoolExecutor(jobs) as pool:
+        findings = pool.map(
+            lambda run: workers.run(mutant="", first=run[0], count=1, is_checking=run[1]), by_run
+        )
+        return [
+            result
+            for run, finding in zip(by_run, findings, strict=True)
+            if finding.check
+            for result in by_run[run]
+        ]
 
 
 def _judge(results: list[Result], *, is_complete: bool) -> int:

@@ -124,7 +124,7 @@ def test_reads_confirmed_as_the_leadership_is_lost_are_handed_back() -> None:
         answers = []
         while (effects := kernel.collect(now)) is not None:
             if effects.identity is not None:
-                kernel.identity_stored(now)
+                kernel.identity_stored(effects.identity, now)
             if effects.persist is not None:
                 kernel.persisted(now)
             for _, message in effects.client_sends.get(ROUTE, ()):

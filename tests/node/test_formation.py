@@ -428,7 +428,7 @@ def test_nobody_is_invited_before_the_cluster_is_on_the_disk() -> None:
     assert effects is not None and effects.identity is not None and effects.identity.cluster_uuid
     sent = [message for messages in effects.sends.values() for _, message in messages]
     assert not any(isinstance(message, Form) or message.cluster_uuid for message in sent), sent
-    kernel.identity_stored(2000)
+    kernel.identity_stored(effects.identity, 2000)
     effects = kernel.collect(2000)
     assert effects is not None
     assert [type(message) for _, message in effects.sends["n2"]][:2] == [Form, Announce]

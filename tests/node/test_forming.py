@@ -181,9 +181,8 @@ def test_whom_a_member_left_it_to_is_waited_for_and_named(candidate: str) -> Non
     founders = left_to(candidate)
     other = "n2" if candidate == "n1" else "n1"
     (line,) = founders.running[other].awaited()
-    assert (
-        f"member {candidate!r} may have formed the cluster, as {other!r} left it to do so: start it." in line
-    )
+    words = f"member {candidate!r} may have formed the cluster, as {other!r} left it to do so, and is away"
+    assert line.startswith(words)
     founders.stop(other)
     for name in (other, "n3"):
         founders.start(name, bootstrap=True)
@@ -206,6 +205,53 @@ def test_whom_a_member_left_it_to_may_come_back_on_an_empty_disk(candidate: str)
     settle(founders)
     assert len(founders.clusters) == 1
     assert {identity.cluster_uuid for identity in founders.disks.values()} == founders.clusters
+
+
+def test_what_a_member_said_before_it_went_away_is_not_enough() -> None:
+    """It was empty then, and is part of a cluster now; of which the other one that is has lost its disk."""
+    founders = Founders(random.Random(1), 3)
+    chance = founders.chance
+    chance.randrange = lambda *args: 2  # type: ignore[method-assign]  # nobody dies
+    for name in founders.names:
+        founders.start(name, bootstrap=name == "n2")
+    founders.announce("n3", ["n1"])
+    founders.deliver_all()
+    founders.announce("n3", ["n2"])
+    founders.deliver_all()
+    founders.go_on("n2", has_waited=True)
+    while founders.under_way:
+        if "n1" in (founders.under_way[0][0], founders.under_way[0][2]):
+            del founders.under_way[0]  # n1 is cut off
+        else:
+            founders.deliver(0)
+    assert founders.disks["n1"].cluster_uuid == b""
+    assert founders.disks["n2"].cluster_uuid == founders.disks["n3"].cluster_uuid != b""
+    founders.stop("n2")
+    founders.stop("n3")
+    founders.disks["n2"] = DiskIdentity(FORMAT_VERSION, "n2", b"new", "shop", b"", ())
+    founders.start("n2", bootstrap=False)
+    for _ in range(3):
+        founders.announce("n1", ["n2"])
+        founders.announce("n2", ["n1"])
+        founders.deliver_all()
+    assert len(founders.clusters) == 1
+    assert founders.running["n1"].missing() == ["member 'n3' is away, or cannot be reached from here"]
+
+
+def test_only_who_may_have_formed_the_cluster_is_named() -> None:
+    """Not one that has left it to another, nor any while a cluster is known."""
+    founders = Founders(random.Random(1), 4)
+    for name in founders.names:
+        founders.start(name, bootstrap=False)
+    n3 = founders.running["n3"]
+    empty = founders.running["n2"].announce_to("n3", 0, 0, 0)
+    n3.heard("n2", empty._replace(backs="n1"))
+    n3.heard("n4", empty._replace(backs="n2"))
+    n3.known["n4"].is_up = True
+    (line,) = n3.awaited()
+    assert line.startswith("member 'n1' may have formed the cluster, as 'n4' left it to do so")
+    n3.heard("n1", empty._replace(cluster_uuid=b"u" * 16))
+    assert n3.awaited() == []
 
 
 def test_an_emptied_member_does_not_bootstrap_for_those_who_left_it_to_it() -> None:
@@ -265,6 +311,8 @@ def test_what_a_candidate_said_before_it_was_one_frees_nobody() -> None:
         founders.start(name, bootstrap=name != "n2")
     early = {name: founders.running[name].announce_to("n2", 0, 0, 0) for name in ("n1", "n3")}
     n2 = founders.running["n2"]
+    for peer in n2.known.values():
+        peer.is_up = True
     n2.heard("n3", early["n3"]._replace(backs="n3"))
     founders.go_on("n2")
     n2.heard("n3", early["n3"])
