@@ -171,7 +171,8 @@ class RejectFrame(NamedTuple):
     """
     Send `reply_frame` to the route, count `code`, log `message`.
 
-    Given for a route's first fault since its last accepted HELLO, and for every 64th; the others are raised.
+    Given for a route's first fault since its last accepted HELLO, its 2nd, 4th, 8th and so on, and every 64th; the others
+    are raised.
     """
 
     reply_frame: bytes
@@ -792,14 +793,16 @@ class Responder:
         problem: UnsupportedVersion | UnknownSession | WrongCluster | WrongPeer | WrongSecret,
     ) -> RejectFrame:
         """
-        Answer a route's first fault since its last accepted HELLO, and raise the others.
+        Answer a route's first fault since its last accepted HELLO, and raise most others.
 
-        Every 64th is answered again: a reply that was lost in a full queue must not part two nodes for ever.
+        A reply that was lost in a full queue must not part two nodes: the 2nd, 4th, 8th and so on are answered again, as
+        little may be sent on a connection (four pieces of a snapshot, every three seconds), and every 64th.
         """
-        count = self._faults.pop(route, 0)
-        if not count and len(self._faults) >= self._open_max:
+        count = self._faults.pop(route, 0) + 1
+        if count == 1 and len(self._faults) >= self._open_max:
             del self._faults[next(iter(self._faults))]
-        self._faults[route] = count + 1
-        if count % _FAULTS_PER_ANSWER:
+        self._faults[route] = count
+        is_power_of_two = count & (count - 1) == 0
+        if not is_power_of_two and count % _FAULTS_PER_ANSWER:
             raise problem
         return RejectFrame(reply, problem.code, problem.message)

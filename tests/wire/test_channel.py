@@ -243,9 +243,9 @@ def test_what_was_sealed_for_an_old_connection_does_not_open_on_a_new_one() -> N
     stale = [left.seal(b"%d" % n) for n in range(3)]
     answer = rejection(right, stale[0], b"new route")
     assert answer.code == "unknown-session"
-    for frame in stale[1:]:
-        with pytest.raises(UnknownSession):
-            right.receive(b"new route", frame)
+    assert rejection(right, stale[1], b"new route") == answer
+    with pytest.raises(UnknownSession):
+        right.receive(b"new route", stale[2])
     accepted = right.receive(b"new route", left.hello())
     assert isinstance(accepted, HelloAccepted)
     # The answer to the burst is about a session that we have given up already.
@@ -272,16 +272,20 @@ def test_a_welcome_to_an_older_hello_is_ignored() -> None:
         left.receive(accepted.reply_frame)
 
 
-def test_a_responder_that_lost_the_session_asks_for_a_new_hello_once() -> None:
-    """After its restart, say; and again only after many more frames."""
+def test_a_responder_that_lost_the_session_asks_for_a_new_hello_more_and_more_rarely() -> None:
+    """After its restart, say; each of its answers may be lost. Found by seed 4254: little is sent on a bulk connection."""
     left, _ = connected()
     restarted = responder(seed=77)
     answer = rejection(restarted, left.seal(b"x"))
     assert answer.code == "unknown-session"
-    for _ in range(63):
-        with pytest.raises(UnknownSession):
-            restarted.receive(ROUTE, left.seal(b"x"))
-    assert isinstance(restarted.receive(ROUTE, left.seal(b"x")), RejectFrame)
+    answered = [1]
+    for number in range(2, 201):
+        try:
+            rejection(restarted, left.seal(b"x"))
+        except UnknownSession:
+            continue
+        answered.append(number)
+    assert answered == [1, 2, 4, 8, 16, 32, 64, 128, 192]
     assert left.receive(answer.reply_frame) == RehelloWanted()
     assert left.is_established
     shake(left, restarted)
@@ -310,9 +314,10 @@ def test_a_wrong_secret_is_refused_in_words() -> None:
     assert not left.is_established
 
 
-def test_a_refusal_is_given_once_for_a_connection() -> None:
-    """After that the fault is only raised, to be counted; another route has its own answer."""
+def test_a_refusal_is_given_rarely_for_a_connection() -> None:
+    """Otherwise the fault is only raised, to be counted; another route has its own answer."""
     left, right = initiator(ClusterKeys.from_secrets([OTHER], "shop")), responder()
+    rejection(right, left.hello())
     rejection(right, left.hello())
     with pytest.raises(WrongSecret):
         right.receive(ROUTE, left.hello())
@@ -398,8 +403,6 @@ def test_an_unknown_wire_version_is_answered_with_the_versions_we_speak() -> Non
     answer = rejection(right, bytes(frame))
     assert answer.code == UnsupportedVersion.code
     assert answer.reply_frame[:2] == b"\xc1\x00"
-    with pytest.raises(UnsupportedVersion):
-        right.receive(ROUTE, bytes(frame))
     with pytest.raises(UnsupportedVersion):
         left.receive(bytes(frame))
 
