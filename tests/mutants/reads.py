@@ -121,6 +121,7 @@ MUTANTS = (
                 "self._promise(_mutant_hit(now))",
             ),
         ),
+        tests=("tests/node/test_session.py",),
     ),
     Mutant(
         "session-has-no-margin-for-drift",

@@ -129,7 +129,7 @@ def _seeds(mutant: Mutant, known: Result | None, seeds_max: int | None) -> int:
         return seeds_max
     if known is None or not known.finding.check:
         return NEW_SEEDS
-    return SEEDS_MARGIN * (UNSEEN_SEEDS + known.finding.runs) if known.is_by_seed else UNSEEN_SEEDS
+    return max(NEW_SEEDS, SEEDS_MARGIN * known.finding.runs) if known.is_by_seed else UNSEEN_SEEDS
 
 
 def _examine(
@@ -148,7 +148,7 @@ def _examine(
             {"first": 0, "count": min(seeds, CHECKED_SEEDS), "is_checking": True, "seconds_max": seconds_max},
         ),
     ]
-    if known is not None and known.stage in ("scenarios", "tests") and _is_there(known.finding.message):
+    if known is not None and known.kind in ("scenario", "unit test") and _is_there(known.finding.message):
         stages.append((known.stage, {"tests": [known.finding.message]}))  # the same one, most likely
     if has_scenarios:
         stages.append(("scenarios", {"tests": [SCENARIOS]}))

@@ -17,8 +17,7 @@ MUTANTS = (
             replace(
                 _LINKS + "send",
                 "if messages == self._last_messages:",
-                "if messages == self._last_messages or ("
-                "[type(m[1]) for m in messages] == [type(m[1]) for m in self._last_messages] "
+                "if messages == self._last_messages or (self._last_messages is not None "
                 'and {type(m[1]).__name__ for m in messages} <= {"VoteReply", "AppendReply"} and _mutant_hit()):',
             ),
         ),
