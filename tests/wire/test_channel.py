@@ -403,6 +403,9 @@ def test_an_unknown_wire_version_is_answered_with_the_versions_we_speak() -> Non
     answer = rejection(right, bytes(frame))
     assert answer.code == UnsupportedVersion.code
     assert answer.reply_frame[:2] == b"\xc1\x00"
+    assert rejection(right, bytes(frame)) == answer
+    with pytest.raises(UnsupportedVersion):
+        right.receive(ROUTE, bytes(frame))
     with pytest.raises(UnsupportedVersion):
         left.receive(bytes(frame))
 
