@@ -171,7 +171,7 @@ def _check_unmutated(
     workers: Workers, mutants: Sequence[Mutant], seeds: int, jobs: int, has_scenarios: bool
 ) -> list[str]:
     """What fails without any defect; nothing may."""
-    share = max(1, -(-seeds // jobs))
+    share = -(-seeds // jobs)
     tasks: list[dict[str, Any]] = [
         {"first": first, "count": min(share, seeds - first), "is_checking": False}
         for first in range(0, seeds, share)
