@@ -10,12 +10,16 @@ import pytest
 from coordlib.api.maps import _MapBase
 from coordlib.testing.simulation.choices import Stream
 from coordlib.testing.simulation.faults import FAULT_KINDS, LEADER_KINDS, Fault, FaultInjector, draw_faults
+from coordlib.testing.simulation.invariants import Invariants
 from coordlib.testing.simulation.marks import Marks
+from coordlib.testing.simulation.network import KEEPALIVE_MS
 from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.world import ClockProfile, World
 
 PATIENCE_MS = 20_000
-LATER = {"crash_within", "fsync_fails", "write_fails", "read_fails", "disk_full", "bit_rot", "old_copy"}
+LATER = {"crash_within", "fsync_fails", "write_fails", "read_fails", "disk_full", "bit_rot", "old_copy"} | {
+    "mute_leaders"
+}
 """Kinds that count only when what they prepare has come."""
 
 
@@ -221,6 +225,27 @@ def test_what_a_fault_does_is_seen(kind: str) -> None:
                 break
         assert marks.counts[SEEN[kind]]
         assert cluster.heals()
+
+
+@pytest.mark.parametrize("members", [3, 5])
+def test_leaders_that_nobody_hears_leave_logs_that_differ_over_terms(members: int) -> None:
+    """One after the other is not heard; then none is cut off any more, and logs were cut back over several terms."""
+    with World(members, members=members) as world:
+        marks = Marks(())
+        world.observer = Invariants(list(world.members), marks)
+        cluster = Cluster(world)
+        assert world.leader is not None
+        assert world.leader.kernel.raft is not None
+        term = world.leader.kernel.raft.term
+        cluster.injector.apply(Fault(world.now, "mute_leaders", 1, 6000, 0.5))
+        assert cluster.injector.applied["mute_leaders"] == 0
+        world.run(6000)
+        assert cluster.injector.applied["mute_leaders"] == 1
+        world.run(KEEPALIVE_MS + 1)
+        assert not world.blocked
+        assert cluster.heals()
+        assert world.leader.kernel.raft.term >= term + 3
+        assert marks.counts["truncated_two_terms"]
 
 
 def test_a_hold_that_holds_nothing_back_is_not_seen() -> None:

@@ -22,10 +22,19 @@ from coordlib.errors import CoordError, StartError, StorageCorrupt, StorageFaile
 from coordlib.raft.state import Role
 from coordlib.testing.disk import SimulatedFileSystem
 from coordlib.testing.simulation.choices import Stream
+from coordlib.testing.simulation.network import KEEPALIVE_MS
 from coordlib.testing.simulation.processes import MemberProcess, Process
 from coordlib.testing.simulation.world import Pair, World
 
-__all__ = ["FAULT_KINDS", "FORMING_KINDS", "SPOILING_KINDS", "Fault", "FaultInjector", "draw_faults"]
+__all__ = [
+    "FAULT_KINDS",
+    "FORMING_KINDS",
+    "SPOILING_KINDS",
+    "Fault",
+    "FaultInjector",
+    "draw_fault",
+    "draw_faults",
+]
 
 FAULT_INTERVAL_MS_MAX: Final = 4000
 LEADER_FAULT_INTERVAL_MS: Final = 12_000
@@ -66,12 +75,21 @@ class _Kind(NamedTuple):
     clients_min: int = 0
 
 
+class _MutedLeader(NamedTuple):
+    since_ms: int
+    term: int
+    pairs: list[Pair]
+
+
 FAULT_KINDS: Final[dict[str, _Kind]] = {
     # the network
     "isolate_leader": _Kind("the leader is cut off from everybody", 700, 8000, 2),
     "isolate_member": _Kind("a member is cut off from everybody", 200, 15_000, 2),
     "mute_leader": _Kind("the leader hears the other members, and is not heard", 700, 8000, 2),
     "deafen_leader": _Kind("the leader is heard by the other members, and hears nothing", 700, 8000, 2),
+    "mute_leaders": _Kind(
+        "whoever comes to lead is not heard by the other members until the next one leads", 3000, 12_000, 3
+    ),
     "cut_pair": _Kind("two members are cut off from each other", 200, 15_000, 2),
     "cut_one_way": _Kind("one member does not hear another", 200, 15_000, 2),
     "halves": _Kind("everybody is on one of two sides", 500, 8000, 2),
@@ -189,20 +207,19 @@ def draw_faults(
     span = to_ms - from_ms
     count_min = math.ceil(span / FAULT_INTERVAL_MS_MAX)
     count = round(count_min * stream.uniform(1, 3))
-    drawn = [
-        _draw_fault(stream, stream.choice(lottery), stream.randint(from_ms, to_ms)) for _ in range(count)
-    ]
+    drawn = [draw_fault(stream, stream.choice(lottery), stream.randint(from_ms, to_ms)) for _ in range(count)]
     leader_kinds = [kind for kind in LEADER_KINDS if kind in possible]
     if leader_kinds:
         # In even parts of the time: a leader that is hit twice at once changes once.
         parts = max(3, span // LEADER_FAULT_INTERVAL_MS)
         for part in range(parts):
             low, high = from_ms + span * part // parts, from_ms + span * (part + 1) // parts
-            drawn.append(_draw_fault(stream, stream.choice(leader_kinds), stream.randint(low, high)))
+            drawn.append(draw_fault(stream, stream.choice(leader_kinds), stream.randint(low, high)))
     return tuple(sorted(drawn))
 
 
-def _draw_fault(stream: Stream, kind: str, at_ms: int) -> Fault:
+def draw_fault(stream: Stream, kind: str, at_ms: int) -> Fault:
+    """Draw whom a fault hits, how long and how badly."""
     low, high = FAULT_KINDS[kind].duration_ms_min, FAULT_KINDS[kind].duration_ms_max
     pick, draw, strength = stream.randrange(1 << 30), stream.random(), stream.random()
     duration = round(low * (high / low) ** draw) if low else 0
@@ -495,6 +512,31 @@ class FaultInjector:
 
     def _mute(self, fault: Fault, chance: Stream, target: MemberProcess) -> bool:
         return self._cut(fault, [(target.name, name) for name in self.world.members if name != target.name])
+
+    def _mute_leaders(self, fault: Fault, chance: Stream) -> bool:
+        """What each adds to its log stays with it: so two logs grow apart over several terms (Raft figure 7)."""
+        self._mute_next_leader(fault, self.world.now + fault.duration_ms, [])
+        return False  # it counts when it befalls a second one
+
+    def _mute_next_leader(self, fault: Fault, until_ms: int, muted: list[_MutedLeader]) -> None:
+        world = self.world
+        if world.now >= until_ms:
+            if muted:
+                world.mend_all(muted[-1].pairs)
+            return
+        leader = world.leader
+        raft = leader.kernel.raft if leader is not None else None
+        if leader is not None and raft is not None and (not muted or raft.term > muted[-1].term):
+            pairs = [(leader.name, name) for name in world.members if name != leader.name]
+            world.cut_all(pairs)
+            if muted:
+                # Not before what it had sent is lost with its connections.
+                self._at(muted[-1].since_ms + KEEPALIVE_MS + 1, world.mend_all, muted[-1].pairs)
+            if len(muted) == 1:
+                self.applied[fault.kind] += 1
+            muted.append(_MutedLeader(world.now, raft.term, pairs))
+        # Looked for all the time: the others learn of a leader as soon as it has begun its term.
+        self._later(1, self._mute_next_leader, fault, until_ms, muted)
 
     def _deafen(self, fault: Fault, chance: Stream, target: MemberProcess) -> bool:
         return self._cut(fault, [(name, target.name) for name in self.world.members if name != target.name])

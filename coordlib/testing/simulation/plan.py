@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 
 from coordlib.config import Timing
 from coordlib.testing.simulation.choices import Choices, Stream
-from coordlib.testing.simulation.faults import FORMING_KINDS, Fault, draw_faults
+from coordlib.testing.simulation.faults import FAULT_KINDS, FORMING_KINDS, Fault, draw_fault, draw_faults
 from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile
 from coordlib.testing.simulation.workload import Load, draw_load
 
 __all__ = ["Plan", "Reduction", "draw_plan", "loaded_plan"]
 
+FAULTS_FROM_MS = 2_000
 SAFETY_MS = 42_000
 LIVENESS_MS = 8_000
 TOTAL_MS = 60_000
 FORMING_MS = 4_000
 PARTED_FOUNDERS_SHARE = 0.1
+MUTE_LEADERS_SHARE = 0.2
 BANK_SEEDS_SHARE = 0.2
 BANK_WEIGHT = 4.0  # of all others together
 
@@ -122,7 +124,14 @@ def draw_plan(seed: int) -> Plan:
         disk=DiskProfile.draw(chance),
         clock=ClockProfile.unbounded() if chance.random() < 0.05 else ClockProfile.draw(chance),
         load=load,
-        faults=draw_faults(chance, members=members, clients=clients, from_ms=2_000, to_ms=SAFETY_MS),
+        faults=draw_faults(
+            chance,
+            members=members,
+            clients=clients,
+            from_ms=FAULTS_FROM_MS,
+            to_ms=SAFETY_MS,
+            kinds=FAULT_KINDS.keys() - {"mute_leaders"},
+        ),
         forming_faults=_draw_forming_faults(chance, members),
         bootstrap=tuple(
             f"n{number}"
@@ -141,7 +150,20 @@ def draw_plan(seed: int) -> Plan:
         # Large states in tiny pieces would only take longer than anybody waits.
         chunk_size_bytes=chance.choice((16 * 1024 if load.padding_size_bytes else 200, 20_000, 256 * 1024)),
     )
+    plan = _mute_leaders(Choices(seed).stream("mute leaders"), plan)
     return _part_founders(Choices(seed).stream("founders"), plan)
+
+
+def _mute_leaders(chance: Stream, plan: Plan) -> Plan:
+    """
+    Drawn by itself, in one seed of five where it can be: it leaves little room for other faults.
+
+    By chance alone a follower's log has to be cut back over two terms in one seed of a hundred.
+    """
+    if plan.members < FAULT_KINDS["mute_leaders"].members_min or chance.random() >= MUTE_LEADERS_SHARE:
+        return plan
+    fault = draw_fault(chance, "mute_leaders", chance.randint(FAULTS_FROM_MS, SAFETY_MS))
+    return replace(plan, faults=tuple(sorted((*plan.faults, fault))))
 
 
 def _part_founders(chance: Stream, plan: Plan) -> Plan:
@@ -207,7 +229,7 @@ def loaded_plan(seed: int) -> Plan:
         clients=2,
         timing=Timing(session_ttl_ms=3000, request_timeout_ms=3000),
         load=replace(plan.load, operations_per_second=50),
-        faults=draw_faults(chance, members=5, clients=2, from_ms=2_000, to_ms=SAFETY_MS),
+        faults=draw_faults(chance, members=5, clients=2, from_ms=FAULTS_FROM_MS, to_ms=SAFETY_MS),
         is_sealed=False,
         snapshot_entries=400,
         entries_retained=50,
