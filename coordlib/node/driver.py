@@ -533,14 +533,14 @@ class MemberDriver(Driver):
             if effects.completed or effects.changes or effects.events or effects.calls:
                 # Before the disk: none of it depends on this write, and a failing one must not swallow it.
                 self._deliver(effects)
+            if effects.identity is not None:
+                storage.set_identity(effects.identity)
+                kernel.identity_stored(effects.identity, now)
             if effects.persist is not None:
                 storage.write(effects.persist)
                 kernel.persisted(now)
             for route, messages in effects.client_sends.items():
                 links.reply(route, messages, kernel)
-            if effects.identity is not None:
-                storage.set_identity(effects.identity)
-                kernel.identity_stored(effects.identity, now)
             if effects.disk:
                 disk.carry_out(effects.disk, kernel, links)
 

@@ -104,8 +104,8 @@ class Effects:
     One batch of effects.
 
     Order: `sends` and `client_sends` may leave at once (what had to wait for the disk has waited already);
-    then `identity` and `persist` are made durable, followed by `kernel.persisted()`; `disk` and the rest
-    may be done at any time after.
+    then `identity` is made durable, followed by `kernel.identity_stored()`, and after it `persist`, followed by
+    `kernel.persisted()`; `disk` and the rest may be done at any time after.
     """
 
     __slots__ = (

@@ -172,6 +172,7 @@ class MemberKernel:
             now=now,
         )
         self.raft = raft
+        self.peers.log_ends(raft.log.last_term, raft.last_index)
         self.machine = Machine(
             Limits(),
             initial_members=tuple(
@@ -305,8 +306,9 @@ class MemberKernel:
             self._announce(name)
         self._believe_vouched(now)
         if self.raft is not None and peer.is_trusted:
-            if message.remembered_index:
-                self.raft.bar_until(message.remembered_term, message.remembered_index)
+            remembered = (message.remembered_term, message.remembered_index)
+            if remembered > self.peers.reached:
+                self.raft.bar_until(*remembered)
                 if self.raft.is_barred and not self._was_barred:
                     self._was_barred = True
                     self._say(
@@ -316,11 +318,8 @@ class MemberKernel:
                         f"{message.remembered_index}): no vote until it has caught up. Was an old copy of data_dir put back?",
                         remembered_index=message.remembered_index,
                     )
-                elif not self.raft.is_barred and peer.announced < (
-                    message.remembered_term,
-                    message.remembered_index,
-                ):
-                    self._announce(name)
+            elif peer.announced < remembered and not self.raft.is_barred:
+                self._announce(name)
             self.raft.report_reachable(name)
             if peer.is_behind and not is_repeated:
                 self.raft.report_lost(name, message.last_index)
@@ -609,6 +608,10 @@ class MemberKernel:
                     assert self._senders is not None
                     self._senders.start(follower, now)
                 self._ready = ready
+                if ready.entries:
+                    self.peers.log_ends(ready.entries[-1].term, ready.entries[-1].index)
+                elif ready.snapshot is not None:
+                    self.peers.log_ends(ready.snapshot.term, ready.snapshot.index)
                 if ready.hard_state is not None or ready.entries or ready.snapshot is not None:
                     self._out.persist = [Persist(GROUP, ready.hard_state, ready.entries, ready.snapshot)]
                     return self._take()
@@ -797,12 +800,7 @@ class MemberKernel:
     def _announce(self, name: str) -> None:
         if self._is_forming:
             return
-        raft = self.raft
-        if raft is None:
-            message = self.peers.announce_to(name, 0, 0, 0)
-        else:
-            message = self.peers.announce_to(name, raft.term, raft.log.last_term, raft.last_index)
-        self._send(name, message)
+        self._send(name, self.peers.announce_to(name, self.raft.term if self.raft is not None else 0))
 
     def _send(self, name: str, message: Any) -> None:
         self._out.sends.setdefault(name, []).append((GROUP, message))

@@ -19,6 +19,11 @@ gives it up.) Of two that formed one, some member backed both, or was one and ba
 second after the first had written down that it backs another: so the first was no candidate any more, and never
 became one again.
 
+Invariant: a disk whose log has reached less than what it acknowledged here (both as last term and index, compared in
+this order) has lost something. A leader may cut a log back to less without any loss: "reached" outlives that, in the
+identity file, written before. What counts for a commit in a term is an entry of that term (Raft §5.4.2), so whoever
+acknowledged it has reached further than with all that was cut back before: none such is taken for cut back.
+
 Invariant: no Raft message of a peer reaches the core unless the peer announced, in this incarnation, this
 cluster's id and the disk id that this cluster knows for its name.
 """
@@ -98,6 +103,8 @@ class Peers:
         self._wants_bootstrap = wants_bootstrap and not identity.cluster_uuid
         self._random_bytes = random_bytes
         self._events = events
+        self.reached = identity.reached
+        """The furthest (term, index) at which this disk's log has ended."""
         self.is_unwritten = False  # `identity` has changed: it is to be written down
         self.disks = dict((*identity.disks, *identity.recorded))
         self.to_record: list[tuple[str, bytes]] = []  # disks seen for the first time; the leader logs them
@@ -107,9 +114,16 @@ class Peers:
     def is_formed(self) -> bool:
         return bool(self.identity.cluster_uuid)
 
-    def announce_to(self, name: str, hard_term: int, last_term: int, last_index: int) -> Announce:
+    def log_ends(self, term: int, index: int) -> None:
+        """From the next write on, the log ends here; if it had reached further, that is to be written down before."""
+        if (term, index) >= self.reached:
+            self.reached = (term, index)
+        elif self.identity.reached != self.reached:
+            self._write(reached=self.reached)
+
+    def announce_to(self, name: str, hard_term: int) -> Announce:
         peer = self.known[name]
-        peer.announced = (last_term, last_index)
+        peer.announced = last_term, last_index = self.reached
         remembered = peer.remembered
         disks = tuple((node, self.disks.get(node, b"")) for node in self._members)
         return Announce(

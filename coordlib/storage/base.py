@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 
 
 class DiskIdentity(NamedTuple):
-    """Whose disk this is. Written once when the directory is empty; only the last four fields change later."""
+    """Whose disk this is. Written once when the directory is empty; only the last five fields change later."""
 
     format_version: int
     node_id: str
@@ -55,6 +55,7 @@ class DiskIdentity(NamedTuple):
     disks: tuple[tuple[str, bytes], ...]  # the initial members' disk ids as formed; b"" = not seen
     backs: str = ""  # before that: who may form the cluster as far as this member goes (ADR 4)
     recorded: tuple[tuple[str, bytes], ...] = ()  # disks not seen then, of which the log has told since
+    reached: tuple[int, int] = (0, 0)  # the furthest (term, index) at which the log ended that was cut back
 
 
 class Persist(NamedTuple):

@@ -6,9 +6,9 @@ Disk::
                8  version   4   format version of the whole directory, little-endian
               12  size      4   of the body
               16  checksum  4   crc32 of bytes 0..16 and the body
-              20  body          canonical CBOR [node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded],
-                                  disks and recorded = [[node_id, disk_id], ...]; left out at the end are an empty
-                                  recorded, and then an empty backs
+              20  body          canonical CBOR [node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded,
+                                  reached], disks and recorded = [[node_id, disk_id], ...], reached = [term, index]
+                                  or []; left out at the end are those of the last three that are empty
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def encode_identity(identity: DiskIdentity) -> bytes:
         identity.disks,
         identity.backs,
         identity.recorded,
+        identity.reached if any(identity.reached) else (),
     ]
     while len(fields) > 5 and not fields[-1]:
         fields.pop()
@@ -78,11 +79,12 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
         )
     try:
         fields: list[Any] = cbor.decode(body)
-        left_out: list[Any] = ["", ()]
-        node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded = [
+        left_out: list[Any] = ["", (), ()]
+        node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded, reached = [
             *fields,
             *left_out[len(fields) - 5 :],
         ]
+        reached_term, reached_index = reached or (0, 0)
         return DiskIdentity(
             version,
             node_id,
@@ -92,6 +94,7 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
             tuple((node, disk) for node, disk in disks),
             backs,
             tuple((node, disk) for node, disk in recorded),
+            (reached_term, reached_index),
         )
     except (cbor.CBORError, ValueError, TypeError) as exc:
         raise damaged from exc

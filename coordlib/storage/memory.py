@@ -141,7 +141,7 @@ class MemoryStorage:
         assert self._identity is not None
         invariant(
             identity[:4] == self._identity[:4],
-            "only cluster_uuid, disks, backs and recorded of an identity may change",
+            "only cluster_uuid, disks, backs, recorded and reached of an identity may change",
         )
         self._identity = identity
 

@@ -526,7 +526,7 @@ class SegmentStorage:
             self._refuse()
         invariant(
             identity[:4] == self._identity[:4],
-            "only cluster_uuid, disks, backs and recorded of an identity may change",
+            "only cluster_uuid, disks, backs, recorded and reached of an identity may change",
         )
         try:
             write_identity(self._fs, self._directory, identity)

@@ -103,7 +103,7 @@ class Announce(NamedTuple):
     members_digest: bytes  # over the configured member list: all must be given the same
     wants_bootstrap: bool
     term: int
-    last_index: int  # durable
+    last_index: int  # of the furthest end that the sender's log has had; it may have been cut back since
     last_term: int
     known_disks: tuple[tuple[str, bytes], ...]  # node id -> disk id as known here; empty = not yet seen
     remembered_term: int  # what this node remembers the *receiver's* disk to have acknowledged; 0, 0 = none

@@ -233,6 +233,18 @@ MUTANTS = (
         tests=("tests/raft",),
     ),
     Mutant(
+        "log-that-was-cut-back-counts-as-an-old-copy",
+        "Raft figure 7: a follower whose log ends earlier than what it acknowledged is taken for one that lost it",
+        (
+            replace(
+                "coordlib.node.peers:Peers.log_ends",
+                "if (term, index) >= self.reached:",
+                "if (term, index) >= self.reached or _mutant_hit():",
+            ),
+        ),
+        tests=("tests/scenarios",),
+    ),
+    Mutant(
         "transfer-of-leadership-never-ends",
         "hashicorp/raft #696: the flag of a transfer stays, and the leader refuses everybody",
         (

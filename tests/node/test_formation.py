@@ -388,7 +388,7 @@ def test_only_another_run_can_have_lost_what_was_acknowledged(is_same_run: bool)
     other.incarnation = 7
     peers.acknowledged("n2", 2, 86)
     other.incarnation = 7 if is_same_run else 8
-    ours = peers.announce_to("n2", 2, 2, 86)
+    ours = peers.announce_to("n2", 2)
     peers.heard("n2", ours._replace(disk_id=b"2" * 16, term=0, last_term=0, last_index=0, wants_answer=False))
     assert other.is_behind is not is_same_run
 
@@ -419,7 +419,7 @@ def test_nobody_is_invited_before_the_cluster_is_on_the_disk() -> None:
     kernel.peer_up("n2", 1, 0)
     kernel.peer_incarnation("n2", 1)
     kernel.tick(0, 0)
-    announce = (0, other.announce_to("n1", 0, 0, 0))
+    announce = (0, other.announce_to("n1", 0))
     kernel.peer_messages("n2", [announce], 10)
     assert kernel.collect(10) is not None
     kernel.tick(2000, 0)

@@ -80,7 +80,7 @@ class Founders:
     def announce(self, name: str, receivers: Iterable[str]) -> None:
         for receiver in receivers:
             if receiver != name:
-                self.send(name, receiver, self.running[name].announce_to(receiver, 0, 0, 0))
+                self.send(name, receiver, self.running[name].announce_to(receiver, 0))
 
     def send(self, name: str, receiver: str, message: Any) -> None:
         self.under_way.append((name, self.runs[name], receiver, self.runs[receiver], message))
@@ -245,7 +245,7 @@ def test_only_who_may_have_formed_the_cluster_is_named() -> None:
     for name in founders.names:
         founders.start(name, bootstrap=False)
     n3 = founders.running["n3"]
-    empty = founders.running["n2"].announce_to("n3", 0, 0, 0)
+    empty = founders.running["n2"].announce_to("n3", 0)
     n3.heard("n2", empty._replace(backs="n1"))
     n3.heard("n4", empty._replace(backs="n2"))
     n3.known["n4"].is_up = True
@@ -310,7 +310,7 @@ def test_what_a_candidate_said_before_it_was_one_frees_nobody() -> None:
     founders = Founders(random.Random(1), 3)
     for name in founders.names:
         founders.start(name, bootstrap=name != "n2")
-    early = {name: founders.running[name].announce_to("n2", 0, 0, 0) for name in ("n1", "n3")}
+    early = {name: founders.running[name].announce_to("n2", 0) for name in ("n1", "n3")}
     n2 = founders.running["n2"]
     for peer in n2.known.values():
         peer.is_up = True

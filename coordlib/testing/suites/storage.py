@@ -94,7 +94,14 @@ class StorageSuite(ABC):
         identity = self.storage.open().identity
         formed = identity._replace(cluster_uuid=b"u" * 16, disks=(("a", identity.disk_id), ("b", b"")))
         backing = identity._replace(backs="b")
-        for written in (backing, formed, formed._replace(recorded=(("b", b"d" * 16),))):
+        recording = formed._replace(recorded=(("b", b"d" * 16),))
+        for written in (
+            backing,
+            formed,
+            formed._replace(reached=(7, 1 << 40)),
+            recording,
+            recording._replace(reached=(7, 1 << 40)),
+        ):
             self.storage.set_identity(written)
             self.storage.close()
             self.storage = self.reopen()
