@@ -172,7 +172,9 @@ class MemberKernel:
             now=now,
         )
         self.raft = raft
-        self.peers.log_ends(raft.log.last_term, raft.last_index)
+        end = (raft.log.last_term, raft.last_index)
+        self.peers.log_found(max(end, recovered.cut_from) if recovered is not None else end)
+        self.peers.log_ends(end)
         self.machine = Machine(
             Limits(),
             initial_members=tuple(
@@ -218,7 +220,7 @@ class MemberKernel:
         return self.session.view.session_id != 0 and bool(self.leader)
 
     def identity_stored(self, identity: DiskIdentity, now: int) -> None:
-        """The identity asked for by an effect is on the disk: whom this node backs, or which cluster it belongs to."""
+        """The identity asked for by an effect is on the disk: whom this node backs, or what it is to know of its cluster."""
         self.peers.is_unwritten = self.peers.identity != identity
         if self.peers.is_formed and self.raft is None:
             self._start_raft(None, (), now)
@@ -314,8 +316,9 @@ class MemberKernel:
                     self._say(
                         logging.ERROR,
                         "disk.behind",
-                        f"this disk holds less than it had acknowledged (entry {self.raft.last_index} instead of "
-                        f"{message.remembered_index}): no vote until it has caught up. Was an old copy of data_dir put back?",
+                        f"this disk holds less than it had acknowledged (entry {self.raft.last_index} of term "
+                        f"{self.raft.log.last_term} instead of {message.remembered_index} of {message.remembered_term}): "
+                        "no vote until it has caught up. Was an old copy of data_dir put back?",
                         remembered_index=message.remembered_index,
                     )
             elif peer.announced < remembered and not self.raft.is_barred:
@@ -609,9 +612,9 @@ class MemberKernel:
                     self._senders.start(follower, now)
                 self._ready = ready
                 if ready.entries:
-                    self.peers.log_ends(ready.entries[-1].term, ready.entries[-1].index)
+                    self.peers.log_ends((ready.entries[-1].term, ready.entries[-1].index))
                 elif ready.snapshot is not None:
-                    self.peers.log_ends(ready.snapshot.term, ready.snapshot.index)
+                    self.peers.log_ends((ready.snapshot.term, ready.snapshot.index))
                 if ready.hard_state is not None or ready.entries or ready.snapshot is not None:
                     self._out.persist = [Persist(GROUP, ready.hard_state, ready.entries, ready.snapshot)]
                     return self._take()

@@ -19,10 +19,11 @@ gives it up.) Of two that formed one, some member backed both, or was one and ba
 second after the first had written down that it backs another: so the first was no candidate any more, and never
 became one again.
 
-Invariant: a disk whose log has reached less than what it acknowledged here (both as last term and index, compared in
-this order) has lost something. A leader may cut a log back to less without any loss: "reached" outlives that, in the
-identity file, written before. What counts for a commit in a term is an entry of that term (Raft §5.4.2), so whoever
-acknowledged it has reached further than with all that was cut back before: none such is taken for cut back.
+Invariant: a disk whose log has reached less than it acknowledged here has lost something. (Both are the term and index
+of a last entry, compared in this order.) Where a log had ended before a leader cut it back to less, which is no loss,
+is written into the identity file before, with where the cut left it. It counts as reached as long as the disk has what
+was left; so what was lost is noticed if it counted for a commit: either it was acknowledged before the cut, then the
+cut left it there, as every later leader has it; or after, then in a later term than anything that was cut off.
 
 Invariant: no Raft message of a peer reaches the core unless the peer announced, in this incarnation, this
 cluster's id and the disk id that this cluster knows for its name.
@@ -38,7 +39,7 @@ from typing import Any
 from coordlib import cbor
 from coordlib.errors import StartError
 from coordlib.node.effects import LogEvent
-from coordlib.storage.base import DiskIdentity
+from coordlib.storage.base import DiskIdentity, LogCut
 from coordlib.wire.messages import Announce, Form, MemberStatus, Refusal
 
 __all__ = ["Peer", "Peers"]
@@ -103,7 +104,7 @@ class Peers:
         self._wants_bootstrap = wants_bootstrap and not identity.cluster_uuid
         self._random_bytes = random_bytes
         self._events = events
-        self.reached = identity.reached
+        self.reached = (0, 0)
         """The furthest (term, index) at which this disk's log has ended."""
         self.is_unwritten = False  # `identity` has changed: it is to be written down
         self.disks = dict((*identity.disks, *identity.recorded))
@@ -114,12 +115,18 @@ class Peers:
     def is_formed(self) -> bool:
         return bool(self.identity.cluster_uuid)
 
-    def log_ends(self, term: int, index: int) -> None:
-        """From the next write on, the log ends here; if it had reached further, that is to be written down before."""
-        if (term, index) >= self.reached:
-            self.reached = (term, index)
-        elif self.identity.reached != self.reached:
-            self._write(reached=self.reached)
+    def log_found(self, end: tuple[int, int]) -> None:
+        """At the start the log, whatever its snapshot makes of it, ended here."""
+        cut = self.identity.cut
+        self.reached = max(end, cut.reached) if cut is not None and end >= cut.end else end
+
+    def log_ends(self, end: tuple[int, int]) -> None:
+        """From the next write on the log ends here. If it had reached further, that is to be written down before."""
+        cut = self.identity.cut
+        if end >= self.reached:
+            self.reached = end
+        elif cut is None or cut.reached != self.reached or end < cut.end:
+            self._write(cut=LogCut(self.reached, end))
 
     def announce_to(self, name: str, hard_term: int) -> Announce:
         peer = self.known[name]
@@ -168,7 +175,8 @@ class Peers:
                 logging.ERROR,
                 "disk.behind",
                 f"member {name!r} came back with less than its disk had acknowledged (entry {announce.last_index} "
-                f"instead of {peer.remembered[1]}): it does not vote until it has caught up",
+                f"of term {announce.last_term} instead of {peer.remembered[1]} of {peer.remembered[0]}): "
+                "it does not vote until it has caught up",
                 peer=name,
             )
         if announce.members_digest != self._digest:

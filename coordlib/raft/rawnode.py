@@ -277,7 +277,7 @@ class RawNode(Elections):
 
     def report_lost(self, follower: str, last_index: int) -> None:
         """
-        Note that a follower has come back with less than it had acknowledged, ending at `last_index`.
+        Note that a follower has come back with less than it had acknowledged, ending at `last_index` at most.
 
         What it acknowledged before counts no more, for nothing says that it is still there: entries that wait for a quorum
         wait for others, or for it to have them again. Call it after `report_reachable`. What is committed stays so.

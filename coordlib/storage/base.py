@@ -26,6 +26,7 @@ __all__ = [
     "CORRUPT_REMEDY",
     "FORMAT_VERSION",
     "DiskIdentity",
+    "LogCut",
     "LogStorage",
     "Persist",
     "Recovered",
@@ -44,6 +45,13 @@ FORMAT_VERSION = 1
 """Disk: the format that this code writes. Everything older must stay readable (tests/storage/fixtures)."""
 
 
+class LogCut(NamedTuple):
+    """A leader cut the log back to less, which is no loss. Both are the (term, index) of a last entry."""
+
+    reached: tuple[int, int]  # the furthest end that the log ever had before
+    end: tuple[int, int]  # where the cut left it: with less than that, the disk has lost something since
+
+
 class DiskIdentity(NamedTuple):
     """Whose disk this is. Written once when the directory is empty; only the last five fields change later."""
 
@@ -55,7 +63,7 @@ class DiskIdentity(NamedTuple):
     disks: tuple[tuple[str, bytes], ...]  # the initial members' disk ids as formed; b"" = not seen
     backs: str = ""  # before that: who may form the cluster as far as this member goes (ADR 4)
     recorded: tuple[tuple[str, bytes], ...] = ()  # disks not seen then, of which the log has told since
-    reached: tuple[int, int] = (0, 0)  # the furthest (term, index) at which the log ended that was cut back
+    cut: LogCut | None = None  # the last one that left less than the log had ever reached
 
 
 class Persist(NamedTuple):
@@ -76,6 +84,7 @@ class RecoveredGroup(NamedTuple):
     hard_state: HardState  # HardState(0, "") if none was ever written
     snapshot: SnapshotMeta | None  # newest durable one
     entries: list[Entry]  # consecutive, from snapshot.index + 1 (or 1) on
+    cut_from: tuple[int, int] = (0, 0)  # (term, index) of the log's end, if the snapshot cuts it back
 
 
 class Recovered(NamedTuple):
@@ -147,7 +156,7 @@ class LogStorage(Protocol):
         """
 
     def set_identity(self, identity: DiskIdentity) -> None:
-        """Replace the identity durably and atomically; only the last four fields may differ."""
+        """Replace the identity durably and atomically; only the last five fields may differ."""
 
     def write(self, batch: Sequence[Persist]) -> None:
         """

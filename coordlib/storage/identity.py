@@ -7,8 +7,8 @@ Disk::
               12  size      4   of the body
               16  checksum  4   crc32 of bytes 0..16 and the body
               20  body          canonical CBOR [node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded,
-                                  reached], disks and recorded = [[node_id, disk_id], ...], reached = [term, index]
-                                  or []; left out at the end are those of the last three that are empty
+                                  cut], disks and recorded = [[node_id, disk_id], ...], cut = [[term, index],
+                                  [term, index]] or []; of the last three, those at the end that are empty are left out
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zlib import crc32
 
 from coordlib import cbor
 from coordlib.errors import StartError, StorageCorrupt
-from coordlib.storage.base import CORRUPT_REMEDY, FORMAT_VERSION, DiskIdentity
+from coordlib.storage.base import CORRUPT_REMEDY, FORMAT_VERSION, DiskIdentity, LogCut
 from coordlib.storage.files import FileSystem
 
 __all__ = ["IDENTITY_NAME", "check_identity", "decode_identity", "read_identity", "write_identity"]
@@ -41,7 +41,7 @@ def encode_identity(identity: DiskIdentity) -> bytes:
         identity.disks,
         identity.backs,
         identity.recorded,
-        identity.reached if any(identity.reached) else (),
+        identity.cut or (),
     ]
     while len(fields) > 5 and not fields[-1]:
         fields.pop()
@@ -80,11 +80,11 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
     try:
         fields: list[Any] = cbor.decode(body)
         left_out: list[Any] = ["", (), ()]
-        node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded, reached = [
+        node_id, disk_id, cluster_name, cluster_uuid, disks, backs, recorded, cut = [
             *fields,
             *left_out[len(fields) - 5 :],
         ]
-        reached_term, reached_index = reached or (0, 0)
+        reached, end = cut or ((0, 0), (0, 0))
         return DiskIdentity(
             version,
             node_id,
@@ -94,10 +94,14 @@ def decode_identity(data: bytes, path: str) -> DiskIdentity:
             tuple((node, disk) for node, disk in disks),
             backs,
             tuple((node, disk) for node, disk in recorded),
-            (reached_term, reached_index),
+            LogCut(_position(*reached), _position(*end)) if cut else None,
         )
     except (cbor.CBORError, ValueError, TypeError) as exc:
         raise damaged from exc
+
+
+def _position(term: int, index: int) -> tuple[int, int]:
+    return term, index
 
 
 def read_identity(fs: FileSystem, directory: str) -> DiskIdentity:

@@ -25,7 +25,7 @@ __all__ = ["MemoryStorage"]
 
 
 class _Group:
-    __slots__ = ("entries", "floor", "hard_state", "payload", "snapshot")
+    __slots__ = ("cut_from", "entries", "floor", "hard_state", "payload", "snapshot")
 
     def __init__(self) -> None:
         self.hard_state = HardState(0, "")
@@ -33,6 +33,7 @@ class _Group:
         self.entries: list[Entry] = []  # entries[0].index == floor + 1
         self.snapshot: SnapshotMeta | None = None
         self.payload = b""
+        self.cut_from = (0, 0)
 
 
 class _Writer:
@@ -116,7 +117,9 @@ class MemoryStorage:
         for group in sorted(self._groups):
             state = self._groups[group]
             self._adopt(state)
-            groups[group] = RecoveredGroup(state.hard_state, state.snapshot, list(state.entries))
+            groups[group] = RecoveredGroup(
+                state.hard_state, state.snapshot, list(state.entries), state.cut_from
+            )
         self._is_open = True
         self._refusal = None
         return Recovered(self._identity, groups, is_new, [])
@@ -133,6 +136,8 @@ class MemoryStorage:
         if 0 < position <= len(state.entries) and state.entries[position - 1].term == term:
             del state.entries[:position]
         else:
+            if state.entries and (state.entries[-1].term, state.entries[-1].index) > (term, index):
+                state.cut_from = (state.entries[-1].term, state.entries[-1].index)
             state.entries = []
         state.floor = index
 
@@ -141,7 +146,7 @@ class MemoryStorage:
         assert self._identity is not None
         invariant(
             identity[:4] == self._identity[:4],
-            "only cluster_uuid, disks, backs, recorded and reached of an identity may change",
+            "only cluster_uuid, disks, backs, recorded and cut of an identity may change",
         )
         self._identity = identity
 
@@ -152,6 +157,7 @@ class MemoryStorage:
             state = self._groups.get(group)
             if state is None:
                 state = self._groups[group] = _Group()
+            state.cut_from = (0, 0)
             if restored is not None:
                 invariant(
                     state.snapshot is not None and restored.index <= state.snapshot.index,

@@ -309,10 +309,13 @@ class SegmentStorage:
             return RecoveredGroup(state.hard_state, snapshot, [])
         state.hard_state = log.hard_state
         state.floor, state.last_index, state.last_term = log.floor, log.last_index, log.last_term
+        cut_from = (0, 0)
         if log.adopt(group, snapshot):
             assert snapshot is not None
             self._unlinked[group] = snapshot
-        return RecoveredGroup(log.hard_state, snapshot, log.entries)
+            if (state.last_term, state.last_index) > (snapshot.term, snapshot.index):
+                cut_from = (state.last_term, state.last_index)
+        return RecoveredGroup(log.hard_state, snapshot, log.entries, cut_from)
 
     def _go_on(self, found: Replay) -> None:
         """Make durable what was found, and continue the last segment."""
@@ -526,7 +529,7 @@ class SegmentStorage:
             self._refuse()
         invariant(
             identity[:4] == self._identity[:4],
-            "only cluster_uuid, disks, backs, recorded and reached of an identity may change",
+            "only cluster_uuid, disks, backs, recorded and cut of an identity may change",
         )
         try:
             write_identity(self._fs, self._directory, identity)

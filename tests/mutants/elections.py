@@ -238,8 +238,49 @@ MUTANTS = (
         (
             replace(
                 "coordlib.node.peers:Peers.log_ends",
-                "if (term, index) >= self.reached:",
-                "if (term, index) >= self.reached or _mutant_hit():",
+                "if end >= self.reached:",
+                "if end >= self.reached or _mutant_hit():",
+            ),
+        ),
+        tests=("tests/scenarios",),
+    ),
+    Mutant(
+        "log-is-cut-back-before-that-is-written-down",
+        "Raft figure 7: after a power cut in between, a disk seems to have lost what it had acknowledged",
+        (
+            replace(
+                "coordlib.node.driver:MemberDriver._carry_out",
+                "            if effects.identity is not None:\n",
+                "            if effects.identity is not None and effects.persist is not None and _mutant_hit():\n"
+                "                storage.write(effects.persist)\n"
+                "                kernel.persisted(now)\n"
+                "                effects.persist = None\n"
+                "            if effects.identity is not None:\n",
+            ),
+        ),
+        tests=("tests/scenarios",),
+    ),
+    Mutant(
+        "log-that-was-cut-back-once-may-lose-anything",
+        "Jepsen restore-file-chunks: what a leader cut off excuses that committed entries are gone, too",
+        (
+            replace(
+                "coordlib.node.peers:Peers.log_found",
+                "end >= cut.end",
+                "(end >= cut.end or _mutant_hit())",
+            ),
+        ),
+        tests=("tests/scenarios",),
+        unseen="no simulated disk loses the end of its log alone where that is more than a quorum survives",
+    ),
+    Mutant(
+        "log-that-a-snapshot-cuts-back-at-the-start-counts-as-an-old-copy",
+        "Raft §7: a power cut between a received snapshot and the log's restart, and the disk seems to have lost something",
+        (
+            replace(
+                "coordlib.node.kernel:MemberKernel._start_raft",
+                "max(end, recovered.cut_from)",
+                "_mutant_hit(end)",
             ),
         ),
         tests=("tests/scenarios",),

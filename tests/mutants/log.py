@@ -179,9 +179,8 @@ MUTANTS = (
         (
             replace(
                 _SEGMENTS + "_recover_group",
-                "            assert snapshot is not None\n            self._unlinked[group] = snapshot\n"
-                "        return RecoveredGroup(log.hard_state",
-                "            _mutant_hit()\n        return RecoveredGroup(log.hard_state",
+                "            self._unlinked[group] = snapshot\n            if (",
+                "            _mutant_hit()\n            if (",
             ),
         ),
         tests=("tests/storage/test_contract.py",),

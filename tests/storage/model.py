@@ -100,7 +100,9 @@ class Model:
     def check(self, recovered: Recovered) -> None:
         """The recovered state must be one of the two possible ones; go on from there."""
         nothing = RecoveredGroup(HardState(0, ""), None, [])
-        groups = {number: group for number, group in recovered.groups.items() if group != nothing}
+        # `cut_from` tells of what is not there any more, which the model does not keep.
+        known = {number: group._replace(cut_from=(0, 0)) for number, group in recovered.groups.items()}
+        groups = {number: group for number, group in known.items() if group != nothing}
         found = (recovered.identity.cluster_uuid, groups)
         candidates = [self.recovered()]
         if self.next is not None:
@@ -109,7 +111,7 @@ class Model:
         self.next = None
         self.cluster_uuid = recovered.identity.cluster_uuid
         self.groups = {}
-        for number, (hard_state, snapshot, entries) in recovered.groups.items():
+        for number, (hard_state, snapshot, entries, _) in recovered.groups.items():
             group = self.groups[number] = ModelGroup()
             group.hard_state, group.snapshot, group.entries = hard_state, snapshot, list(entries)
             if snapshot is not None:

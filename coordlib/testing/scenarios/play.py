@@ -337,6 +337,13 @@ class Play:
         disk.flip_bit(paths[-1], offset, 2)
         self.stage.damaged.add(name)
 
+    def do_lose(self, words: list[str], options: dict[str, str]) -> None:
+        """`lose n1`: the last file of its log, and nothing else."""
+        disk = self._copy_of(words[0])
+        disk.unlink([path for path in disk.paths() if path.endswith(".log")][-1])
+        disk.sync_directory("/data")
+        self._replace_disk(words[0], disk)
+
     def do_fail(self, words: list[str], options: dict[str, str]) -> None:
         """`fail n1 OPERATION [always]`: the next one fails with an input/output error."""
         name, operation, *rest = words

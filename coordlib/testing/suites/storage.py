@@ -19,9 +19,11 @@ import pytest
 
 from coordlib.errors import ClusterClosed, InvariantViolation, NotStarted, StartError, UsageError
 from coordlib.raft.messages import Configuration, Entry, EntryKind, HardState, SnapshotMeta
-from coordlib.storage.base import LogStorage, Persist, RecoveredGroup
+from coordlib.storage.base import LogCut, LogStorage, Persist, RecoveredGroup
 
 __all__ = ["StorageSuite", "make_entries", "make_meta", "write_snapshot"]
+
+CUT = LogCut((7, 1 << 40), (6, 3))
 
 
 def make_entries(first: int, last: int, term: int = 1, size: int = 20) -> list[Entry]:
@@ -98,9 +100,9 @@ class StorageSuite(ABC):
         for written in (
             backing,
             formed,
-            formed._replace(reached=(7, 1 << 40)),
+            formed._replace(cut=CUT),
             recording,
-            recording._replace(reached=(7, 1 << 40)),
+            recording._replace(cut=CUT),
         ):
             self.storage.set_identity(written)
             self.storage.close()
@@ -178,8 +180,8 @@ class StorageSuite(ABC):
         )
         self.append(make_entries(3, 3), 0)
         groups = self.restart()
-        assert (HardState(1, "a"), None, make_entries(1, 3)) == groups[0]
-        assert (HardState(5, "c"), None, make_entries(1, 4, 5)) == groups[7]
+        assert (HardState(1, "a"), None, make_entries(1, 3)) == groups[0][:3]
+        assert (HardState(5, "c"), None, make_entries(1, 4, 5)) == groups[7][:3]
 
     def test_a_later_entry_supersedes_the_suffix_from_its_index_on(self) -> None:
         self.storage.open()
@@ -318,7 +320,7 @@ class StorageSuite(ABC):
         self.write(Persist(0, HardState(1, "a"), make_entries(1, 3)))
         write_snapshot(self.storage, 0, make_meta(100, 4))
         self.write(Persist(0, HardState(4, ""), make_entries(101, 102, 4), make_meta(100, 4)))
-        assert (HardState(4, ""), make_meta(100, 4), make_entries(101, 102, 4)) == self.restart()[0]
+        assert (HardState(4, ""), make_meta(100, 4), make_entries(101, 102, 4)) == self.restart()[0][:3]
         self.append(make_entries(103, 103, 5))
         assert make_entries(101, 102, 4) + make_entries(103, 103, 5) == self.restart()[0].entries
 
@@ -331,7 +333,7 @@ class StorageSuite(ABC):
         self.storage.open()
         write_snapshot(self.storage, 3, make_meta(50, 2))
         self.write(Persist(3, None, make_entries(51, 51, 2), make_meta(50, 2)))
-        assert (HardState(0, ""), make_meta(50, 2), make_entries(51, 51, 2)) == self.restart()[3]
+        assert (HardState(0, ""), make_meta(50, 2), make_entries(51, 51, 2)) == self.restart()[3][:3]
 
     @pytest.mark.parametrize("last", [0, 5, 10, 15])
     def test_a_durable_snapshot_counts_even_if_the_log_was_not_told(self, last: int) -> None:
@@ -340,9 +342,29 @@ class StorageSuite(ABC):
         if last:
             self.append(make_entries(1, last))
         write_snapshot(self.storage, 0, make_meta(10, 3))
-        assert (make_meta(10, 3), []) == self.restart()[0][1:]
+        assert (make_meta(10, 3), []) == self.restart()[0][1:3]
         self.append(make_entries(11, 12, 3))
-        assert (make_meta(10, 3), make_entries(11, 12, 3)) == self.restart()[0][1:]
+        assert (make_meta(10, 3), make_entries(11, 12, 3)) == self.restart()[0][1:3]
+
+    @pytest.mark.parametrize(("index", "cut_from"), [(1, (5, 4)), (4, (5, 4)), (5, (5, 4)), (9, (5, 4))])
+    def test_the_end_of_a_log_that_a_snapshot_cuts_back_is_told(
+        self, index: int, cut_from: tuple[int, int]
+    ) -> None:
+        """Until the log restarts there: the disk had it, and may have promised it."""
+        self.storage.open()
+        self.append([*make_entries(1, 2), *make_entries(3, 4, 5)])
+        write_snapshot(self.storage, 0, make_meta(index, 3))
+        for _ in range(2):
+            group = self.restart()[0]
+            assert (group.entries, group.cut_from) == ([], cut_from)
+        self.write(Persist(0, None, make_entries(index + 1, index + 1, 6), make_meta(index, 3)))
+        assert self.restart()[0].cut_from == (0, 0)
+
+    def test_a_log_that_a_snapshot_takes_further_is_not_cut_back(self) -> None:
+        self.storage.open()
+        self.append(make_entries(1, 4))
+        write_snapshot(self.storage, 0, make_meta(9, 3))
+        assert self.restart()[0].cut_from == (0, 0)
 
     def test_what_follows_a_snapshot_that_the_log_leads_to_is_kept(self) -> None:
         """Raft §7: our entry at the snapshot's index has its term, so what follows was acknowledged."""
