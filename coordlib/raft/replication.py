@@ -148,6 +148,8 @@ class Replication(State):
         if index < self.commit_index:
             index = self.commit_index
             term = self.log.term_at(index)
+        if self._shown < (self.term, index):
+            self._shown = (self.term, index)
         late = self._late
         if late:
             receiver, last = late[-1]
@@ -175,10 +177,12 @@ class Replication(State):
         if not self._accept_leader(sender, term):
             return
         if commit > self.commit_index:
-            # The leader sent min(its commit, what we match), so this is ours already, unless lost.
-            if commit <= self.log.last_index:
-                self._commit_to(commit)
-            else:
+            # The leader sent min(its commit, what we match), so this is ours already, unless our disk lost it: then there
+            # may be something else, what was there before. So its word counts only for what it has shown to us.
+            shown_term, shown = self._shown
+            if shown_term == term and shown > self.commit_index:
+                self._commit_to(min(commit, shown))
+            if commit > self.log.last_index:
                 self._count("acknowledged_entries_lost")
         self._late.append((sender, HeartbeatReply(term, round_number)))
 

@@ -60,6 +60,7 @@ class State:
         "_reads",
         "_restored",
         "_round",
+        "_shown",
         "_silent_until",
         "_snapshots_wanted",
         "_term_start",
@@ -109,6 +110,10 @@ class State:
         self._restored: SnapshotMeta | None = None  # the machine is to be restored to this
         self._late: list[tuple[str, RaftMessage]] = []  # leave when all of this is durable
         self._bar: tuple[int, int] | None = None
+        self._shown = (
+            0,
+            0,
+        )  # up to this index the leader of this term has shown our log to be its own, since we started
 
         self._random_ticks = random_ticks
         self._election_timeout = 0

@@ -45,10 +45,26 @@ MUTANTS = (
             ),
             replace(
                 _REPLICATION + "_handle_heartbeat",
-                "if commit <= self.log.last_index:",
-                "commit = min(_mutant_hit(commit), self.log.last_index)\n            if commit > self.commit_index:",
+                "            shown_term, shown = self._shown\n",
+                "            commit = min(_mutant_hit(commit), self.log.last_index)\n"
+                "            shown_term, shown = term, commit\n",
             ),
         ),
+    ),
+    Mutant(
+        "heartbeat-commits-what-an-earlier-run-acknowledged",
+        "PAR (FAST'18), Raft figure 7: the disk lost it, and has something else there",
+        (
+            replace(
+                _REPLICATION + "_handle_heartbeat",
+                "            shown_term, shown = self._shown\n",
+                "            shown_term, shown = self._shown\n"
+                "            if self._shown == (0, 0) and commit <= self.log.last_index:\n"
+                "                shown_term, shown = term, _mutant_hit(commit)\n",
+            ),
+        ),
+        tests=("tests/scenarios",),
+        unseen="what is lost unnoticed, all others have: so the disk has had nothing else in its place since the last term",
     ),
     Mutant(
         "append-commits-past-its-entries",
