@@ -7,7 +7,7 @@ from coordlib.testing.simulation.application import (
     Summary,
     simulate,
 )
-from coordlib.testing.simulation.faults import FAULT_KINDS
+from coordlib.testing.simulation.fault_kinds import FAULT_KINDS
 from coordlib.testing.simulation.standard import NotSimulated
 
 __all__ = [

@@ -20,7 +20,7 @@ from coordlib.testing.checkers import check
 from coordlib.testing.history import load
 from coordlib.testing.simulation import campaign
 from coordlib.testing.simulation.campaign import MARKS_FROM_SEEDS, Outcome, main
-from coordlib.testing.simulation.faults import FAULT_KINDS
+from coordlib.testing.simulation.fault_kinds import FAULT_KINDS
 from coordlib.testing.simulation.invariants import Violation
 from coordlib.testing.simulation.plan import Plan, draw_plan
 from coordlib.testing.simulation.run import MARKS, Report, simulate

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordlib.testing.simulation.campaign import MARKS_FROM_SEEDS, main
-from coordlib.testing.simulation.faults import FAULT_KINDS
+from coordlib.testing.simulation.fault_kinds import FAULT_KINDS
 from coordlib.testing.simulation.run import (
     FAULTS_MIN,
     LEADER_CHANGES_MIN,

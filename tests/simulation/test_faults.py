@@ -9,7 +9,8 @@ import pytest
 
 from coordlib.api.maps import _MapBase
 from coordlib.testing.simulation.choices import Stream
-from coordlib.testing.simulation.faults import FAULT_KINDS, LEADER_KINDS, Fault, FaultInjector, draw_faults
+from coordlib.testing.simulation.fault_kinds import FAULT_KINDS, LEADER_KINDS, Fault, draw_faults
+from coordlib.testing.simulation.faults import FaultInjector
 from coordlib.testing.simulation.invariants import Invariants
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.network import KEEPALIVE_MS

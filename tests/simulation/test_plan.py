@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coordlib.testing.simulation import campaign
 from coordlib.testing.simulation.choices import Choices, Stream
-from coordlib.testing.simulation.faults import FAULT_KINDS
+from coordlib.testing.simulation.fault_kinds import FAULT_KINDS
 from coordlib.testing.simulation.plan import SAFETY_MS, Reduction, draw_plan, loaded_plan
 from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile
 from coordlib.testing.simulation.workload import SERVICES

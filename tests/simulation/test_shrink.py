@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordlib.testing.simulation.faults import Fault
+from coordlib.testing.simulation.fault_kinds import Fault
 from coordlib.testing.simulation.plan import Plan, draw_plan
 from coordlib.testing.simulation.shrink import shrink
 from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile

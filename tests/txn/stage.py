@@ -8,6 +8,7 @@ books of all transfers so far against each other.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -128,6 +129,9 @@ class Process:
         self._process.stdout.close()
 
 
+_numbers = itertools.count(1)
+
+
 class _PostgreSQLPlace:
     def __init__(self, server: PostgreSQLServer, name: str) -> None:
         self.server = server
@@ -230,6 +234,8 @@ class Stage:
     ) -> None:
         self.directory = directory
         self.links = links
+        # A worker that takes over tests of another may build the stage of a module twice, on the same servers.
+        name = f"{name}-{next(_numbers)}"
         self.databases: dict[str, Any] = {
             place: _PostgreSQLPlace(server, f"{name}-{place}") for place in ("first", "second")
         }

@@ -27,7 +27,8 @@ from coordlib.node.effects import Effects, InboundCall
 from coordlib.node.session import Call, SessionView
 from coordlib.node.waiting import LoopWatch, wake_all
 from coordlib.testing.simulation.choices import Choices
-from coordlib.testing.simulation.faults import FAULT_KINDS, FaultInjector, draw_faults
+from coordlib.testing.simulation.fault_kinds import FAULT_KINDS, draw_faults
+from coordlib.testing.simulation.faults import FaultInjector
 from coordlib.testing.simulation.loop import SimulatedEventLoop
 from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.standard import Standard

@@ -29,7 +29,7 @@ from time import monotonic, process_time
 from typing import NamedTuple
 
 from coordlib.testing.history import HistoryWriter
-from coordlib.testing.simulation.faults import FAULT_KINDS
+from coordlib.testing.simulation.fault_kinds import FAULT_KINDS
 from coordlib.testing.simulation.invariants import Violation
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import Plan, Reduction, draw_plan, loaded_plan

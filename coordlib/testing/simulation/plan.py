@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 
 from coordlib.config import Timing
 from coordlib.testing.simulation.choices import Choices, Stream
-from coordlib.testing.simulation.faults import FAULT_KINDS, FORMING_KINDS, Fault, draw_fault, draw_faults
+from coordlib.testing.simulation.fault_kinds import (
+    FAULT_KINDS,
+    FORMING_KINDS,
+    Fault,
+    draw_fault,
+    draw_faults,
+)
 from coordlib.testing.simulation.surroundings import ClockProfile, DiskProfile, NetworkProfile
 from coordlib.testing.simulation.workload import Load, draw_load
 

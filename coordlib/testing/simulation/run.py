@@ -25,7 +25,8 @@ from coordlib.raft import RaftConfig
 from coordlib.testing.history import HistoryWriter
 from coordlib.testing.simulation import marks, workload
 from coordlib.testing.simulation.choices import Choices
-from coordlib.testing.simulation.faults import SPOILING_KINDS, Fault, FaultInjector
+from coordlib.testing.simulation.fault_kinds import SPOILING_KINDS, Fault
+from coordlib.testing.simulation.faults import FaultInjector
 from coordlib.testing.simulation.invariants import Invariants, Violation, watched_reads
 from coordlib.testing.simulation.marks import Marks
 from coordlib.testing.simulation.plan import FORMING_MS, Plan, draw_plan
