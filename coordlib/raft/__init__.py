@@ -34,6 +34,8 @@ The caller MUST
 7. report the end of every transfer that `snapshots_wanted` asked for, with `report_snapshot`; step an
    InstallSnapshot only when its file is complete and durable here.
 8. give `random_ticks` from a source that differs between members.
+9. call `report_reachable` for every new run of a follower, once nothing of its earlier run will be stepped any more:
+   what that one acknowledged is not known to be there, and nothing is committed on its word (`Heartbeat`).
 
 Where we differ from the paper, and why that is safe: docs/divergence.md. In short: pre-vote and a quorum
 check; silence towards candidates, at start too; entries leave before the leader's disk has them; rejections

@@ -266,7 +266,7 @@ class RawNode(Elections):
         progress.is_paused = True
 
     def report_reachable(self, follower: str) -> None:
-        """Note that a connection was made: probe at once instead of waiting for a heartbeat."""
+        """Note that a connection was made, or that another run of it has begun: probe at once what it has."""
         progress = self._progress.get(follower)
         if progress is None or progress.state is ProgressState.SNAPSHOT:
             return

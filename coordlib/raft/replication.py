@@ -124,6 +124,7 @@ class Replication(State):
                 if index <= log.last_index:
                     self._count("truncated")
                     log.truncate(index)
+                    self._shown = min(self._shown, (self.term, index - 1))
                 log.append(entries[position:], [item for item in configurations if item[0] >= index])
                 break
         return True
@@ -206,6 +207,7 @@ class Replication(State):
         else:
             self._count("snapshots_installed")
             log.restore(meta)
+            self._shown = (self.term, meta.index)
             self.commit_index = self._handed_commit = meta.index
             self._restored = meta
         self._acknowledge(sender, 0, meta.index, meta.index, meta.term)

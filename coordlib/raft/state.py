@@ -110,10 +110,8 @@ class State:
         self._restored: SnapshotMeta | None = None  # the machine is to be restored to this
         self._late: list[tuple[str, RaftMessage]] = []  # leave when all of this is durable
         self._bar: tuple[int, int] | None = None
-        self._shown = (
-            0,
-            0,
-        )  # up to this index the leader of this term has shown our log to be its own, since we started
+        # (term, index): up to there the leader of that term has shown since our start that our log is its own.
+        self._shown = (0, 0)
 
         self._random_ticks = random_ticks
         self._election_timeout = 0
@@ -276,6 +274,9 @@ class State:
         invariant(self.applied_index <= self.commit_index, "applied past the commit")
         invariant(self._handed_commit <= self.commit_index, "handed over what is not committed")
         invariant(self.term >= log.last_term, "log has a later term than the node")
+        invariant(
+            self._shown[0] < self.term or self._shown[1] <= log.last_index, "shown to match what is not there"
+        )
         invariant(self._durable.term <= self._handed.term <= self.term, "terms out of order")
         if self.role is Role.LEADER:
             mine = (self.term, self.node_id)

@@ -406,6 +406,34 @@ def test_a_heartbeat_beyond_the_log_commits_nothing() -> None:
     assert node.counters["acknowledged_entries_lost"] == 1
 
 
+def test_a_heartbeat_commits_nothing_that_was_not_shown_to_match_since_the_start() -> None:
+    """What an earlier run acknowledged may be lost, and something else be there (Raft figure 7)."""
+    node = make_node("b", ABC, term=2, entries=log_of(1, 1))
+    node.step("a", Heartbeat(2, 2, 0))
+    assert node.commit_index == 0
+    node.step("a", AppendEntries(2, 1, 1, 0, 0, ()))
+    node.step("a", Heartbeat(2, 2, 0))
+    assert node.commit_index == 1
+    node.step("c", AppendEntries(3, 2, 1, 0, 0, ()))
+    node.step("c", Heartbeat(3, 2, 0))
+    assert node.commit_index == 2
+
+
+@pytest.mark.parametrize("cut", ["append", "snapshot"])
+def test_what_a_leader_takes_back_is_not_shown_any_more(cut: str) -> None:
+    """No leader contradicts itself; two of one term, as after a vote that was lost, may, and nothing must raise."""
+    node = make_node("a", ABC, term=2)
+    node.step("b", AppendEntries(2, 0, 0, 0, 0, tuple(log_of(1, 1, 1))))
+    if cut == "append":
+        node.step("b", AppendEntries(2, 1, 1, 0, 0, (Entry(2, 2, EntryKind.NOOP, b""),)))
+    else:
+        node.step("b", InstallSnapshot(2, SnapshotMeta(2, 2, Configuration(ABC))))
+    node.check_invariants()
+    node.step("b", Heartbeat(2, 3, 0))
+    assert node.commit_index == 2
+    assert node.counters["acknowledged_entries_lost"] == 1
+
+
 def test_a_rejection_that_is_old_changes_nothing() -> None:
     """A late refusal must not move `next` back below what is known to match (CCF #5927)."""
     node = leader()
