@@ -67,6 +67,19 @@ MUTANTS = (
         unseen="what is lost unnoticed, all others have: so the disk has had nothing else in its place since the last term",
     ),
     Mutant(
+        "new-run-of-a-follower-is-not-probed",
+        "Raft §5.3: after a late acknowledgement of its earlier run, a follower is never told what is committed",
+        (
+            replace(
+                "coordlib.node.kernel:MemberKernel._on_announce",
+                "self.raft.report_reachable(name)",
+                "_mutant_hit()",
+            ),
+        ),
+        tests=("tests/scenarios",),
+        unseen="the probe that comes with a connection must be lost, and an old answer be late, and then nothing be asked",
+    ),
+    Mutant(
         "append-commits-past-its-entries",
         "Raft figure 2, AppendEntries step 5: min(leaderCommit, index of last new entry), not of the last entry",
         (
