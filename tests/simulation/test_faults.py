@@ -18,8 +18,9 @@ from coordlib.testing.simulation.processes import Process
 from coordlib.testing.simulation.world import ClockProfile, World
 
 PATIENCE_MS = 20_000
-LATER = {"crash_within", "fsync_fails", "write_fails", "read_fails", "disk_full", "bit_rot", "old_copy"} | {
-    "mute_leaders"
+LATER = {
+    *("crash_within", "fsync_fails", "write_fails", "read_fails", "disk_full", "bit_rot", "old_copy"),
+    "mute_leaders",
 }
 """Kinds that count only when what they prepare has come."""
 

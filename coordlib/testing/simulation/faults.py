@@ -1,6 +1,6 @@
-"""Which faults befall a simulated cluster when, and that they end.
+"""What faults do to a simulated cluster, and that they end.
 
-A plan's faults are plain values, drawn before the run (`draw_faults`). Whom a fault hits is decided when it comes, by
+A plan's faults are plain values, drawn before the run (fault_kinds.py). Whom a fault hits is decided when it comes, by
 its `pick` alone, so that a plan from which some are left out does the rest as before (`FaultInjector`).
 
 What may be destroyed has a limit: the data of a disk is only lost or damaged while a minority is in that state, and is

@@ -346,17 +346,15 @@ class StorageSuite(ABC):
         self.append(make_entries(11, 12, 3))
         assert (make_meta(10, 3), make_entries(11, 12, 3)) == self.restart()[0][1:3]
 
-    @pytest.mark.parametrize(("index", "cut_from"), [(1, (5, 4)), (4, (5, 4)), (5, (5, 4)), (9, (5, 4))])
-    def test_the_end_of_a_log_that_a_snapshot_cuts_back_is_told(
-        self, index: int, cut_from: tuple[int, int]
-    ) -> None:
+    @pytest.mark.parametrize("index", [1, 4, 5, 9])
+    def test_the_end_of_a_log_that_a_snapshot_cuts_back_is_told(self, index: int) -> None:
         """Until the log restarts there: the disk had it, and may have promised it."""
         self.storage.open()
         self.append([*make_entries(1, 2), *make_entries(3, 4, 5)])
         write_snapshot(self.storage, 0, make_meta(index, 3))
         for _ in range(2):
             group = self.restart()[0]
-            assert (group.entries, group.cut_from) == ([], cut_from)
+            assert (group.entries, group.cut_from) == ([], (5, 4))
         self.write(Persist(0, None, make_entries(index + 1, index + 1, 6), make_meta(index, 3)))
         assert self.restart()[0].cut_from == (0, 0)
 
